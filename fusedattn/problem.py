@@ -1,0 +1,399 @@
+"""One attention call, checked and resolved: the only thing that a backend is given."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fusedattn import checks
+from fusedattn.checks import Array
+from fusedattn.masks import UNBOUNDED, KeyRange, relative_bounds, visible_pairs
+
+# Rows, keys and offsets stay below this, so that positions and their sums fit 32 bits with room.
+MAX_SEQLEN = 2**30
+
+_SCORES = "(..., heads, seqlen_q, seqlen_k)"
+_AXES = {"bhsd": "(..., heads, seqlen, dim)", "bshd": "(..., seqlen, heads, dim)"}
+
+
+class Result(NamedTuple):
+    """What a backend returns, in canonical axis order."""
+
+    out: Array
+    lse: Array | None
+
+
+class Gradients(NamedTuple):
+    """Gradients of the operands that were given; None for one that was not."""
+
+    d_q: Array
+    d_k: Array
+    d_v: Array
+    d_bias: Array | None
+    d_sinks: Array | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionProblem:
+    """A validated attention call. Arrays are views of the caller's, never copies.
+
+    The axis order is ``(*batch_shape, heads, seqlen, dim)`` whatever the caller's layout. Per-item
+    integers are flat int64 arrays of length ``batch_size``, in C order over ``batch_shape``.
+    """
+
+    q: Array
+    k: Array
+    v: Array
+    out: Array | None  # the caller's `out`, or None
+    scale: float  # resolved: 1 / sqrt(head_dim) when None was given
+    causal: bool
+    window_size: tuple[int | None, int | None]  # sides clamped to 2**31
+    q_offset: NDArray[np.int64]
+    seqused_q: NDArray[np.int64]
+    seqused_k: NDArray[np.int64]
+    mask: Array | None  # bool, (*batch_shape, heads, seqlen_q, seqlen_k), stride 0 where broadcast
+    bias: Array | None  # any float dtype, shaped as mask
+    bias_shape: tuple[int, ...] | None  # as the caller gave it: the shape of its gradient
+    alibi_slopes: Array | None  # any float dtype, (*batch_shape, heads)
+    softcap: float | None
+    sinks: Array | None  # any float dtype, (heads,)
+    dropout_p: float
+    seed: int
+    layout: str
+    return_lse: bool
+    out_dtype: np.dtype[Any]
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """Leading axes of q, k and v."""
+        return self.q.shape[:-3]
+
+    @property
+    def batch_size(self) -> int:
+        """Product of the leading axes; 1 without any."""
+        size: int = self.q_offset.shape[0]
+        return size
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of q and of the output."""
+        size: int = self.q.shape[-3]
+        return size
+
+    @property
+    def num_heads_kv(self) -> int:
+        """Heads of k and v; each serves `group_size` query heads."""
+        size: int = self.k.shape[-3]
+        return size
+
+    @property
+    def group_size(self) -> int:
+        """Query head ``h`` reads KV head ``h // group_size``; 1 where there are no heads."""
+        return self.q.shape[-3] // self.k.shape[-3] if self.k.shape[-3] else 1
+
+    @property
+    def seqlen_q(self) -> int:
+        """Rows of q, before `seqused_q`."""
+        size: int = self.q.shape[-2]
+        return size
+
+    @property
+    def seqlen_k(self) -> int:
+        """Rows of k and v, before `seqused_k`."""
+        size: int = self.k.shape[-2]
+        return size
+
+    @property
+    def head_dim(self) -> int:
+        """Last axis of q and k."""
+        size: int = self.q.shape[-1]
+        return size
+
+    @property
+    def head_dim_v(self) -> int:
+        """Last axis of v and of the output."""
+        size: int = self.v.shape[-1]
+        return size
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Storage type of q, k and v."""
+        return self.q.dtype
+
+    @property
+    def accumulator(self) -> np.dtype[Any]:
+        """Type of scores, sums and lse: float64 for float64 inputs, float32 for all others."""
+        return checks.ACCUMULATOR[self.q.dtype]
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """Shape of the output in canonical axis order."""
+        return (*self.q.shape[:-1], self.v.shape[-1])
+
+    @property
+    def lse_shape(self) -> tuple[int, ...]:
+        """Shape ``(*batch_shape, heads, seqlen_q)``."""
+        return self.q.shape[:-1]
+
+    @property
+    def key_bounds(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """``(k_from, k_to)`` per batch item, see `fusedattn.masks.relative_bounds`."""
+        # The scalar formula, on all batch items at once.
+        k_from, k_to = relative_bounds(self.causal, self.window_size, 0)
+        return self.q_offset + k_from, self.q_offset + k_to
+
+    def key_range(self, batch: int) -> KeyRange:
+        """Intervals of the keys that the rows of one (flat) batch item see."""
+        k_from, k_to = relative_bounds(self.causal, self.window_size, int(self.q_offset[batch]))
+        return KeyRange(k_from, k_to, int(self.seqused_q[batch]), int(self.seqused_k[batch]))
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of both products over the visible key intervals."""
+        pairs = int(visible_pairs(*self.key_bounds, self.seqused_q, self.seqused_k).sum())
+        return 2 * (self.head_dim + self.head_dim_v) * self.num_heads * pairs
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes that must be read or written once: inputs without their broadcast axes, outputs."""
+        inputs = (self.q, self.k, self.v, self.mask, self.bias, self.alibi_slopes, self.sinks)
+        total = math.prod(self.out_shape) * self.out_dtype.itemsize
+        if self.return_lse:
+            total += math.prod(self.lse_shape) * self.accumulator.itemsize
+        for array in inputs:
+            if array is not None:
+                stored = (n for n, step in zip(array.shape, array.strides, strict=True) if step)
+                total += math.prod(stored) * array.itemsize if array.size else 0
+        return total
+
+    def restore(self, array: Array) -> Array:
+        """View a canonical array with heads and sequence axes in the caller's layout."""
+        return array.swapaxes(-3, -2) if self.layout == "bshd" else array
+
+
+def make_problem(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] | None = None,
+    q_offset: int | Array | None = None,
+    seqused_q: int | Array | None = None,
+    seqused_k: int | Array | None = None,
+    mask: Array | None = None,
+    bias: Array | None = None,
+    alibi_slopes: Array | None = None,
+    softcap: float | None = None,
+    sinks: Array | None = None,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+    layout: str = "bhsd",
+    return_lse: bool = False,
+    out: Array | None = None,
+    out_dtype: Any = None,
+) -> AttentionProblem:
+    """Check the arguments of `fusedattn.attention` and resolve their defaults.
+
+    Every check of the library happens here, before any work. See `fusedattn.attention` for the
+    meaning of the arguments.
+
+    Returns
+    -------
+    AttentionProblem
+        Canonical views and resolved scalars.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what it is and what was expected.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> q, k = np.zeros((2, 8, 10, 64), np.float32), np.zeros((2, 4, 16, 64), np.float32)
+    >>> problem = make_problem(q, k, k, causal=True)
+    >>> problem.scale, problem.group_size, problem.q_offset.tolist()
+    (0.125, 2, [6, 6])
+    >>> make_problem(q, k, k, window_size=128)
+    Traceback (most recent call last):
+    TypeError: window_size must be a pair (left, right), each None (open) or an int >= 0, ...
+    """
+    q, k, v = _operands(q, k, v, layout)
+    dtype = q.dtype
+    accumulator = checks.ACCUMULATOR[dtype]
+    seqlen_q, seqlen_k = q.shape[-2], k.shape[-2]
+    batch = (q.shape[:-3], math.prod(q.shape[:-3]))
+
+    used_q = _per_item("seqused_q", seqused_q, seqlen_q, batch, 0, seqlen_q)
+    used_k = _per_item("seqused_k", seqused_k, seqlen_k, batch, 0, seqlen_k)
+    if q_offset is None:
+        offset = used_k - used_q
+    else:
+        offset = checks.batch_integers("q_offset", q_offset, *batch, 1 - MAX_SEQLEN, MAX_SEQLEN - 1)
+
+    bias_shape = None
+    scores_shape = (*q.shape[:-1], seqlen_k)
+    if mask is not None:
+        mask = checks.broadcast("mask", checks.bool_array("mask", mask), scores_shape, _SCORES)
+    if bias is not None:
+        bias = checks.float_array("bias", bias)
+        bias_shape = bias.shape
+        bias = checks.broadcast("bias", bias, scores_shape, _SCORES)
+    if alibi_slopes is not None:
+        alibi_slopes = _alibi_slopes(alibi_slopes, q.shape[:-2])
+    if sinks is not None:
+        sinks = _sinks(sinks, q.shape[-3])
+    if window_size is not None:
+        window_size = checks.window(window_size, UNBOUNDED)
+    seed, dropout_p = _dropout(seed, dropout_p)
+    out_dtype = checks.output_dtype(out_dtype, dtype)
+    if out is not None:
+        inputs = {"q": q, "k": k, "v": v, "mask": mask, "bias": bias}
+        inputs |= {"alibi_slopes": alibi_slopes, "sinks": sinks}
+        out = _out(out, (*q.shape[:-1], v.shape[-1]), out_dtype, layout, inputs)
+
+    return AttentionProblem(
+        q=q,
+        k=k,
+        v=v,
+        out=out,
+        scale=_scale(scale, q.shape[-1], accumulator),
+        causal=checks.flag("causal", causal),
+        window_size=(None, None) if window_size is None else window_size,
+        q_offset=offset,
+        seqused_q=used_q,
+        seqused_k=used_k,
+        mask=mask,
+        bias=bias,
+        bias_shape=bias_shape,
+        alibi_slopes=alibi_slopes,
+        softcap=None if softcap is None else checks.softcap(softcap, accumulator),
+        sinks=sinks,
+        dropout_p=dropout_p,
+        seed=seed,
+        layout=layout,
+        return_lse=checks.flag("return_lse", return_lse),
+        out_dtype=out_dtype,
+    )
+
+
+def _operands(q: object, k: object, v: object, layout: str) -> tuple[Array, Array, Array]:
+    """Check q, k and v and view them in canonical axis order."""
+    if layout not in ("bhsd", "bshd"):
+        raise ValueError(f"layout must be 'bhsd' or 'bshd', but is {checks.describe(layout)}")
+    arrays = (
+        checks.float_array("q", q),
+        checks.float_array("k", k),
+        checks.float_array("v", v),
+    )
+    for name, array in zip("qkv", arrays, strict=True):
+        if array.dtype != arrays[0].dtype:
+            raise TypeError(
+                f"{name} must have q's dtype {arrays[0].dtype}, but has dtype {array.dtype}"
+            )
+        if array.ndim < 3 or array.ndim != arrays[0].ndim:
+            ranks = "at least 3 axes" if name == "q" else f"{arrays[0].ndim} axes as q"
+            raise ValueError(
+                f"{name} must have {ranks}, {_AXES[layout]}, but has shape {array.shape}"
+            )
+    if layout == "bshd":
+        arrays = tuple(array.swapaxes(-3, -2) for array in arrays)  # type: ignore[assignment]
+    _check_shapes(*arrays, layout)
+    return arrays
+
+
+def _check_shapes(q: Array, k: Array, v: Array, layout: str) -> None:
+    """Check that three canonical views fit together; `layout` is for the messages."""
+    *batch, heads, seqlen_q, dim = q.shape
+    *batch_k, heads_kv, seqlen_k, dim_k = k.shape
+    *batch_v, heads_v, seqlen_v, dim_v = v.shape
+    fault = None
+    if batch_k != batch or batch_v != batch:
+        fault = "the leading axes of q, k and v must be equal"
+    elif heads_v != heads_kv:
+        fault = f"v must have as many heads as k ({heads_kv}), but has {heads_v}"
+    elif seqlen_v != seqlen_k:
+        fault = f"v must have the length of k ({seqlen_k}), but has length {seqlen_v}"
+    elif dim_k != dim:
+        fault = f"k must have the head_dim of q ({dim}), but has {dim_k}"
+    elif dim == 0 or dim_v == 0:
+        fault = f"head_dim and head_dim_v must be at least 1, but are {dim} and {dim_v}"
+    elif heads_kv == 0 and heads != 0:
+        fault = f"k must have at least one head where q has any, but has 0 and q has {heads}"
+    elif heads_kv and heads % heads_kv:
+        fault = f"the heads of q must be a multiple of k's ({heads_kv}), but are {heads}"
+    elif seqlen_q > MAX_SEQLEN or seqlen_k > MAX_SEQLEN:
+        fault = f"seqlen must be at most 2**30, but is {seqlen_q} for q and {seqlen_k} for k"
+    if fault is not None:
+        swap = (lambda array: array.swapaxes(-3, -2).shape) if layout == "bshd" else np.shape
+        raise ValueError(
+            f"{fault}; shapes in the order {_AXES[layout]}: q {swap(q)}, k {swap(k)}, v {swap(v)}"
+        )
+
+
+def _per_item(
+    name: str, value: Any, default: int, problem: tuple[tuple[int, ...], int], low: int, high: int
+) -> NDArray[np.int64]:
+    """Return one integer per batch item; `problem` is (batch_shape, batch_size)."""
+    if value is not None:
+        return checks.batch_integers(name, value, *problem, low, high)
+    filled = np.empty(problem[1], np.int64)
+    filled.fill(default)
+    return filled
+
+
+def _alibi_slopes(value: object, heads_shape: tuple[int, ...]) -> Array:
+    slopes = checks.float_array("alibi_slopes", value)
+    if slopes.ndim == 0 or slopes.shape[-1] != heads_shape[-1]:
+        raise ValueError(
+            f"alibi_slopes must have shape (heads,) or (..., heads) with {heads_shape[-1]} heads, "
+            f"but has shape {slopes.shape}"
+        )
+    return checks.broadcast("alibi_slopes", slopes, heads_shape, "(..., heads)")
+
+
+def _sinks(value: object, heads: int) -> Array:
+    sinks = checks.float_array("sinks", value)
+    if sinks.shape != (heads,):
+        raise ValueError(f"sinks must have shape (heads,) = ({heads},), but has {sinks.shape}")
+    return sinks
+
+
+def _scale(value: Any, head_dim: int, accumulator: np.dtype[Any]) -> float:
+    if value is None:
+        return 1.0 / math.sqrt(head_dim)
+    return checks.real_in("scale", value, accumulator)
+
+
+def _dropout(seed: Any, dropout_p: Any) -> tuple[int, float]:
+    """Check the pair: a seed is needed with dropout, and ignored without."""
+    if dropout_p != 0.0 or type(dropout_p) is not float:
+        dropout_p = checks.real("dropout_p", dropout_p)
+        if not 0.0 <= dropout_p < 1.0:
+            raise ValueError(f"dropout_p must be in the range [0, 1), but is {dropout_p!r}")
+    if seed is not None:
+        return checks.integer("seed", seed, 0, 2**64 - 1), dropout_p
+    if dropout_p:
+        raise ValueError(
+            f"seed must be an int in [0, 2**64) when dropout_p > 0, but is None "
+            f"(dropout_p is {dropout_p!r})"
+        )
+    return 0, dropout_p
+
+
+def _out(
+    value: object,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    layout: str,
+    inputs: dict[str, Array | None],
+) -> Array:
+    """Check the caller's `out` in the caller's layout and view it canonically."""
+    if layout == "bshd":
+        shape = (*shape[:-3], shape[-2], shape[-3], shape[-1])
+    out = checks.output(value, shape, dtype, inputs)
+    return out.swapaxes(-3, -2) if layout == "bshd" else out
