@@ -1,0 +1,1 @@
+"""A property-test kit that judges any attention function."""

@@ -1,0 +1,421 @@
+r"""A-priori error budgets: how far an exact kernel may be from the reference, element by element.
+
+Every budget follows from the inputs, the reference weights and the unit roundoff ``u`` of the
+accumulator (``2**-24`` for float32, which float16 and bfloat16 inputs use too). Nothing here is
+measured and nothing is tuned: a kernel that does each operation of the formula once, in any order
+of summation, with any of the usual foldings, stays within; the derivation counts its roundings.
+``u`` includes ``2**-53``, the roundoff of the float64 reference itself, which doubles the
+budgets of float64 kernels.
+
+**Notation.** For one row: keys ``j`` that it attends, ``n`` of them (a sink counts as one more),
+logits ``s_j``, maximum ``m`` (sink included), weights ``w_j = exp(s_j - lse)``, and the factor
+``c_j`` that multiplies ``w_j v_j``: 1, or with dropout 0 or ``1/(1-p)``. Operations are modelled as
+``fl(x op y) = (x op y)(1 + d)`` with ``|d| <= u``; exp, log and tanh are allowed 2 ulp, ``4u``.
+
+**Logits.** A dot product of ``D`` terms, its scale folded in before or after, costs at most
+``D + 4`` roundings of ``S_j = |scale| sum_d |q_d k_d|``: D for products and sums in any order; the
+rounding of the scale and its product; two more when the kernel works in base 2 or gives ``q`` and
+``k`` a square root of the scale each. Softcap divides (inside the 4), takes tanh and multiplies:
+the error ``d`` of its argument becomes ``max(cap(x + d) - cap(x), cap(x) - cap(x - d))``, and
+``5u |cap(x)|`` is added. Adding ALiBi and bias costs ``6u (|x| + |alibi| + |bias|)``: conversion,
+product, two additions, constant and product of a base-2 kernel. Finally ``s_j - m`` and its
+foldings cost ``2u (|s_j| + |m| + 1)``; the 1 is for a kernel that rounds its maximum to an integer.
+
+The root ``sqrt(D)`` that random rounding errors would suggest is *not* a bound: equal terms are
+rounded the same way in every step (a row of 256 equal products, summed in order in float32, misses
+``(sqrt(D) + 5) u S`` by more than two), and so are terms after one dominant term. The worst case
+``D`` is what can be promised to a correct kernel; sharpness comes from small ``D`` and ``n``.
+
+**Weights.** The exponential costs ``4u``. A kernel that walks the keys in blocks multiplies by
+``exp(m_old - m_new)``: the exponents telescope, so their error is in ``2u(|s_j| + |m|)`` already;
+each such factor costs ``4u`` and is the same for numerator and row sum. After key ``j`` the
+maximum can rise at most once for each key with a larger logit, whatever the order: ``r_j`` times.
+Together the logit, as the kernel used it, is off by at most ``e_j``. A sum of ``a`` additions moves
+each term by at most ``g_j = (a + r_j + 1) u``. In any order, one key at a time being the longest,
+``a = n - 1``; a kernel that states its ``block_k`` is held to ``a = min(n, block_k) + blocks`` and
+``r_j <= blocks``.
+
+**Output.** Let ``d_j``, ``a_j``, ``b_j`` be the true errors of exponent, numerator and row sum.
+Because ``sum_j w_j c_j v_j = out`` and ``sum_j w_j = 1``,
+
+    out' - out = sum_j w_j [(exp(d_j + a_j) - 1) c_j v_j - (exp(d_j + b_j) - 1) out]
+                 / sum_j w_j exp(d_j + b_j),
+
+hence, with ``h_j = e_j + g_j`` and without neglecting second-order terms,
+
+    |out' - out| <= [sum_j w_j expm1(h_j) |c_j v_j| + |out| sum_j w_j expm1(h_j)]
+                    / sum_j w_j exp(-h_j).
+
+``out'`` is a weighted mean too, so ``max_j |c_j v_j| + |out|`` bounds the same difference and takes
+over where logits are so large that their rounding errors decide the softmax. Division by the row
+sum, and ``1/(1-p)``, cost ``4u |out'|``; rounding to the output type ``u_out |out'|`` and half its
+smallest subnormal. A kernel that rounds its weights to a half type adds ``u_half`` to ``a_j`` and
+says so.
+
+**lse.** ``m + log(sum)``: ``log sum_j w_j exp(h_j)``, at least as large as the error on the other
+side because the logarithm of a mean of exponentials is convex in ``h``, plus
+``u (4 (|lse - m| + 1) + 2 (|m| + 1) + 2 |lse|)``.
+
+**Underflow.** Weights below ``tiny``, the smallest normal number, may be lost: ``4 n tiny`` of the
+largest ``|c v|`` (weights are relative to a maximum of at least 1/2). Products may be
+flushed to zero as well: ``tiny max(1, |scale|) (D + sum|q_d| + sum|k_d|)`` on a logit, whichever
+factor the scale was folded into, and ``4 (n + 1) tiny`` on the output.
+
+**Exact places.** A row that sees no key is 0 and ``-inf`` with budget 0; its lse with a sink is the
+sink, up to the rounding of the sink. Where the output type cannot hold the value the budget is inf.
+
+**Merge.** Parts ``(out_p, lse_p)`` are combined like keys with logits ``lse_p`` and values
+``out_p``, and the budgets of the parts enter: ``e_p`` gains the part's lse budget, and
+``w_p exp(h_p)`` times its out budget is added to the numerator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from fusedattn import reference
+from fusedattn.problem import AttentionProblem
+from fusedattn.testing.rows import Bool, Float64, RowBlock, kv_heads, row_blocks
+
+# Exponents beyond this have left the range in which exp() of a float64 is finite.
+_EXP_LIMIT = 700.0
+
+
+class Budget(NamedTuple):
+    """Largest permitted ``|actual - reference|`` of the two results, elementwise."""
+
+    out: Float64
+    lse: Float64
+
+
+@cache
+def _limits(dtype: Any) -> Any:
+    return ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
+
+
+def unit_roundoff(dtype: Any) -> float:
+    """Half the distance from 1 to the next larger number of a floating type."""
+    return float(_limits(dtype).eps) / 2
+
+
+def smallest_normal(dtype: Any) -> float:
+    """Smallest positive normal number of a floating type."""
+    return float(_limits(dtype).smallest_normal)
+
+
+def smallest_subnormal(dtype: Any) -> float:
+    """Smallest positive number of a floating type."""
+    return float(_limits(dtype).smallest_subnormal)
+
+
+def largest(dtype: Any) -> float:
+    """Largest finite number of a floating type."""
+    return float(_limits(dtype).max)
+
+
+def working_roundoff(problem: AttentionProblem) -> float:
+    """Sum the unit roundoffs of the accumulator and of the float64 reference."""
+    return unit_roundoff(problem.accumulator) + 2.0**-53
+
+
+def forward_budget(
+    problem: AttentionProblem,
+    *,
+    out_dtype: Any = None,
+    rounds_weights_to: Any = None,
+    block_k: int | None = None,
+) -> Budget:
+    """Largest error of an exact kernel, for each element of out and lse.
+
+    Parameters
+    ----------
+    problem : AttentionProblem
+        What was computed.
+    out_dtype : dtype, optional
+        Type the output was rounded to; the problem's own by default.
+    rounds_weights_to : dtype, optional
+        Half type to which the kernel rounds its weights before they multiply V, if it does.
+    block_k : int, optional
+        Number of keys whose contributions the kernel adds in a row before it adds the sum to
+        those of other blocks. By default any order of summation is permitted.
+
+    Returns
+    -------
+    Budget
+        ``out`` of shape ``problem.out_shape`` and ``lse`` of shape ``problem.lse_shape``, float64,
+        in canonical axis order. Never NaN; 0 where the result must be exact.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fusedattn.problem import make_problem
+    >>> q, k, v = np.ones((3, 1, 2, 4), np.float32)
+    >>> budget = forward_budget(make_problem(q, k, v))
+    >>> budget.out.shape, budget.lse.shape
+    ((1, 2, 4), (1, 2))
+    >>> bool(budget.out.max() < 100 * 2.0**-24)
+    True
+    """
+    out_dtype = np.dtype(problem.out_dtype if out_dtype is None else out_dtype)
+    out = np.zeros((*problem.batch_shape, problem.num_heads, problem.seqlen_q, problem.head_dim_v))
+    lse = np.zeros(out.shape[:-1])
+    if out.size == 0 or (problem.seqlen_k == 0 and problem.sinks is None):
+        return Budget(out, lse)
+    keep = kept_places(problem)
+    with np.errstate(all="ignore"):
+        for block in row_blocks(problem):
+            kept = None if keep is None else keep[block.place]
+            weights = _Weights(problem, block, block_k)
+            lse[block.place] = weights.lse_budget()
+            out[block.place] = _out_budget(
+                problem, block, weights, kept, out_dtype, rounds_weights_to
+            )
+    return Budget(out, lse)
+
+
+def kept_places(problem: AttentionProblem) -> Bool | None:
+    """Entries that dropout keeps, ``(*batch, heads, seqlen_q, seqlen_k)``; None without dropout."""
+    if problem.dropout_p == 0:
+        return None
+    shape = (*problem.lse_shape, problem.seqlen_k)
+    return reference.keep_mask(shape, problem.dropout_p, problem.seed)
+
+
+class _Weights:
+    """Softmax of one block of rows with the error bounds of its exponents."""
+
+    def __init__(self, problem: AttentionProblem, block: RowBlock, block_k: int | None) -> None:
+        self.u = u = working_roundoff(problem)
+        self.tiny = smallest_normal(problem.accumulator)
+        self.count = block.attended.sum(-1)
+        has_sink: Bool = np.greater(block.sink, -np.inf)
+        self.row_max = np.maximum(block.logits.max(-1, initial=-np.inf), block.sink)
+        size_of_max = np.where(np.isfinite(self.row_max), np.abs(self.row_max), 0.0) + 1
+        shift = np.where(np.isfinite(self.row_max), self.row_max, 0.0)
+        total = np.exp(block.logits - shift[..., None]).sum(-1) + np.exp(block.sink - shift)
+        self.lse = np.where(total > 0, np.log(total) + shift, -np.inf)
+        self.size_of_max = size_of_max
+
+        additions, most_rescalings = _chain(problem, self.count + has_sink, block_k)
+        per_row = 2 * size_of_max + 4 + (additions + 1)
+        rescalings = _larger(block.logits) + (block.sink[..., None] > block.logits)
+        exponent = logit_error(problem, block) + u * (
+            2 * np.where(block.attended, np.abs(block.logits), 0.0)
+            + per_row[..., None]
+            + 5 * np.minimum(rescalings, most_rescalings[..., None])
+        )
+        lse = np.where(total > 0, self.lse, 0.0)
+        self.log_w = block.logits - lse[..., None]
+        self.exponent = np.where(block.attended, exponent, 0.0)
+        self.sink_log_w = block.sink - lse
+        sink = np.where(has_sink, block.sink, 0.0)
+        self.sink_exponent = np.where(
+            has_sink, u * (4 * np.abs(sink) + per_row + 5 * most_rescalings), 0.0
+        )
+        self.change = _change(self.log_w, self.exponent)
+        self.sink_change = _change(self.sink_log_w, self.sink_exponent)
+
+    def lse_budget(self) -> Float64:
+        """Bound of the error of each row's lse."""
+        moved = np.log1p(self.change.sum(-1) + self.sink_change)
+        widest = np.maximum(self.exponent.max(-1, initial=0.0), self.sink_exponent)
+        moved = np.where(widest < _EXP_LIMIT, moved, np.maximum(moved, widest))
+        rest = self.u * (
+            4 * (np.abs(self.lse - self.row_max) + 1) + 2 * self.size_of_max + 2 * np.abs(self.lse)
+        )
+        budget = moved + rest + 4 * self.count * self.tiny
+        return np.where(np.isfinite(self.lse) & ~np.isnan(budget), budget, 0.0)
+
+
+def _chain(
+    problem: AttentionProblem, terms: NDArray[np.int64], block_k: int | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Most additions and most rescalings that one term of a row's sums may go through."""
+    longest = np.maximum(terms - 1, 0)
+    if block_k is None:
+        return longest, longest
+    blocks = np.minimum(terms, -(-problem.seqlen_k // block_k) + 1)
+    return np.minimum(terms, block_k) + blocks, blocks
+
+
+def _larger(logits: Float64) -> NDArray[np.int64]:
+    """At least the number of keys of the row with a larger logit, for each key."""
+    rank = np.empty(logits.shape, np.int64)
+    order = np.argsort(-logits, axis=-1)
+    np.put_along_axis(
+        rank, order, np.broadcast_to(np.arange(logits.shape[-1]), rank.shape), axis=-1
+    )
+    return rank
+
+
+def logit_error(problem: AttentionProblem, block: RowBlock) -> Float64:
+    """Bound of the error of each logit before the maximum is subtracted."""
+    u, tiny = working_roundoff(problem), smallest_normal(problem.accumulator)
+    underflow = tiny * max(1.0, abs(problem.scale)) * (problem.head_dim + block.input_size)
+    error: Float64 = u * (problem.head_dim + 4) * block.dot_size + underflow
+    size, cap = block.dot_size, problem.softcap
+    if cap is not None:
+        above = cap * np.tanh((block.raw + error) / cap) - block.capped
+        below = block.capped - cap * np.tanh((block.raw - error) / cap)
+        size = np.abs(block.capped)
+        error = np.maximum(above, below) + 5 * u * size
+    if problem.bias is not None or problem.alibi_slopes is not None or cap is not None:
+        error = error + 6 * u * (size + block.added_size)
+    return error
+
+
+def _change(log_w: Float64, error: Float64) -> Float64:
+    """``w * expm1(error)``, also where ``w`` underflows and the error is huge."""
+    w = np.exp(log_w)
+    large = np.exp(np.minimum(log_w + error, _EXP_LIMIT)) - w
+    return np.where(error < 1, w * np.expm1(np.minimum(error, 1.0)), large)
+
+
+def _out_budget(
+    problem: AttentionProblem,
+    block: RowBlock,
+    weights: _Weights,
+    kept: NDArray[np.bool_] | None,
+    out_dtype: np.dtype[Any],
+    rounds_weights_to: Any,
+) -> Float64:
+    u, tiny = weights.u, weights.tiny
+    v = problem.v[block.index][kv_heads(problem, block.heads)].astype(np.float64)
+    v = np.where(np.isfinite(v), v, 0.0) / (1.0 - problem.dropout_p)
+    # Powers of two keep the sums finite when V stands at the end of the range.
+    unit = 2.0 ** np.floor(np.log2(np.abs(v).max(initial=0.0) or 1.0))
+    v = v / unit
+    seen_v = np.where(block.attended.any(-2)[..., None], np.abs(v), 0.0)
+    v_max = seen_v.max(-2, initial=0.0)[..., None, :]
+
+    w, numerator, lost = np.exp(weights.log_w), weights.change, 4 * weights.count * tiny
+    if rounds_weights_to is not None:
+        numerator = _change(weights.log_w, weights.exponent + unit_roundoff(rounds_weights_to))
+        lost = lost + weights.count * smallest_subnormal(rounds_weights_to)
+    if kept is not None:
+        w, numerator = w * kept, numerator * kept
+    ref = np.abs(w @ v)
+    row_change = weights.change.sum(-1) + weights.sink_change
+    least = np.exp(weights.log_w - weights.exponent).sum(-1)
+    least = least + np.exp(weights.sink_log_w - weights.sink_exponent)
+    bound = (numerator @ np.abs(v) + ref * row_change[..., None]) / least[..., None]
+    bound = np.where(bound < v_max + ref, bound, v_max + ref)
+    bound = bound + (4 * u) * (ref + bound) + lost[..., None] * v_max
+
+    bound, ref = bound * unit, ref * unit
+    bound = bound + 4 * (weights.count[..., None] + 1) * tiny
+    size = ref + bound
+    bound = bound + unit_roundoff(out_dtype) * size + smallest_subnormal(out_dtype)
+    bound = np.where(size > largest(out_dtype), np.inf, bound)
+    bound[weights.count == 0] = 0.0
+    return np.where(np.isnan(bound), 0.0, bound)
+
+
+def merge_budget(
+    parts: Sequence[tuple[NDArray[Any], NDArray[Any]]],
+    budgets: Sequence[tuple[NDArray[Any], NDArray[Any]]] | None = None,
+) -> Budget:
+    """Largest error of merged partial results, for each element of out and lse.
+
+    Parameters
+    ----------
+    parts : sequence of (out, lse)
+        Exact partial results over disjoint keys, ``out`` of shape ``(..., seq, dim)`` and ``lse``
+        of shape ``(..., seq)``, in the types in which they are stored.
+    budgets : sequence of (out, lse), optional
+        Budgets of those parts when they come from a kernel; 0 by default.
+
+    Returns
+    -------
+    Budget
+        As `forward_budget`, for the merged result in the types of the parts.
+    """
+    out_dtype, lse_dtype = parts[0][0].dtype, parts[0][1].dtype
+    u = unit_roundoff(lse_dtype) + 2.0**-53
+    out = np.stack([np.asarray(part[0], np.float64) for part in parts])
+    lse = np.stack([np.asarray(part[1], np.float64) for part in parts])
+    out_error, lse_error = np.zeros(out.shape), np.zeros(lse.shape)
+    if budgets is not None:
+        out_error = np.stack([np.asarray(budget[0], np.float64) for budget in budgets])
+        lse_error = np.stack([np.asarray(budget[1], np.float64) for budget in budgets])
+    with np.errstate(all="ignore"):
+        row_max = lse.max(0)
+        present = np.isfinite(lse)
+        shift = np.where(np.isfinite(row_max), row_max, 0.0)
+        total = np.log(np.exp(lse - shift).sum(0)) + shift
+        safe_total = np.where(np.isfinite(total), total, 0.0)
+        log_w = lse - safe_total
+        sizes = np.where(present, np.abs(lse), 0.0) + np.abs(shift) + 1
+        exponent = np.where(present, lse_error + u * (2 * sizes + 7 * len(parts) + 4), 0.0)
+        change, w = _change(log_w, exponent), np.exp(log_w)
+        ref = np.abs((w[..., None] * out).sum(0))
+        moved = (change[..., None] * np.abs(out)).sum(0) + ref * change.sum(0)[..., None]
+        moved = moved + ((w + change)[..., None] * out_error).sum(0)
+        bound = moved / np.exp(log_w - exponent).sum(0)[..., None]
+        widest = (np.abs(out) + out_error).max(0) + ref
+        bound = np.where(bound < widest, bound, widest)
+        bound = (
+            bound
+            + 4 * u * (ref + bound)
+            + 4 * len(parts) * smallest_normal(lse_dtype) * (1 + np.abs(out).max(0))
+        )
+        bound = bound + unit_roundoff(out_dtype) * (ref + bound) + smallest_subnormal(out_dtype)
+        lse_bound = np.log1p(change.sum(0))
+        lse_bound = np.where(exponent.max(0) < _EXP_LIMIT, lse_bound, exponent.max(0))
+        lse_bound = lse_bound + u * (
+            4 * (np.abs(total - row_max) + 1) + 2 * (np.abs(shift) + 1) + 2 * np.abs(safe_total)
+        )
+    empty = ~np.isfinite(total)
+    return Budget(
+        np.where(empty[..., None] | np.isnan(bound), 0.0, bound),
+        np.where(empty | np.isnan(lse_bound), 0.0, lse_bound),
+    )
+
+
+def assert_within(
+    actual: NDArray[Any], expected: NDArray[Any], budget: NDArray[Any] | float, *, name: str = "out"
+) -> None:
+    """Assert ``|actual - expected| <= budget`` in every element, so that NaN fails.
+
+    NaN is demanded exactly where `expected` has it, infinities with their sign.
+
+    Raises
+    ------
+    AssertionError
+        Naming the worst element, its index, its error and its budget.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> assert_within(np.array([1.0, np.nan]), np.array([1.0, np.nan]), 0.0)
+    >>> assert_within(np.array([1.0, 2.5]), np.array([1.0, 2.0]), 0.25)
+    Traceback (most recent call last):
+    AssertionError: out[1] is 2.5, expected 2.0: error 0.5 is 2 times the budget 0.25 (1 of 2 ...)
+    """
+    assert actual.shape == expected.shape, (
+        f"{name} has shape {actual.shape}, expected {expected.shape}"
+    )
+    if actual.size == 0:
+        return
+    got, want = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    allowed = np.broadcast_to(np.asarray(budget, np.float64), want.shape)
+    with np.errstate(all="ignore"):
+        error = np.where(got == want, 0.0, np.abs(got - want))
+        error = np.where(np.isnan(got) & np.isnan(want), 0.0, error)
+        fine = (error <= allowed) & (np.isfinite(want) | (error == 0))
+        if fine.all():
+            return
+        ratio = np.where(fine, -1.0, np.where(error > 0, error / allowed, np.inf))
+    worst = np.unravel_index(int(np.argmax(np.nan_to_num(ratio, nan=np.inf))), want.shape)
+    place = ", ".join(str(int(i)) for i in worst)
+    raise AssertionError(
+        f"{name}[{place}] is {got[worst]!s}, expected {want[worst]!s}: error {error[worst]:.3g} is "
+        f"{error[worst] / allowed[worst] if allowed[worst] > 0 else np.inf:.3g} times the budget "
+        f"{allowed[worst]:.3g} ({int((~fine).sum())} of {want.size} elements are outside)"
+    )
