@@ -1,3 +1,32 @@
-"""Exact fused attention for NumPy people."""
+"""Exact fused attention for NumPy people.
+
+NumPy arrays in, NumPy arrays out: `attention` and what belongs to it. Importing this package loads
+NumPy and `ml_dtypes` alone; the compiler comes with the first call that needs it.
+"""
+
+from fusedattn.api import (
+    attention,
+    attention_weights,
+    dropout_mask,
+    explain,
+    get_num_threads,
+    set_num_threads,
+    warmup,
+)
+from fusedattn.merge import merge
+from fusedattn.problem import make_problem
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "__version__",
+    "attention",
+    "attention_weights",
+    "dropout_mask",
+    "explain",
+    "get_num_threads",
+    "make_problem",
+    "merge",
+    "set_num_threads",
+    "warmup",
+]

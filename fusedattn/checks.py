@@ -145,6 +145,21 @@ def integer(name: str, value: object, low: int, high: int) -> int:
     return number
 
 
+def dropout(dropout_p: object, seed: object) -> tuple[float, int]:
+    """Return the probability and the seed, which is needed with dropout and ignored without."""
+    probability = real("dropout_p", dropout_p)
+    if not 0.0 <= probability < 1.0:
+        raise ValueError(f"dropout_p must be in the range [0, 1), but is {probability!r}")
+    if seed is not None:
+        return probability, integer("seed", seed, 0, 2**64 - 1)
+    if probability:
+        raise ValueError(
+            "seed must be an int in the range [0, 2**64) when dropout_p > 0, but is None "
+            f"(dropout_p is {probability!r})"
+        )
+    return probability, 0
+
+
 def _index(value: object) -> int | None:
     """Convert what acts as an integer, and is neither a bool nor an array."""
     if type(value) is int:

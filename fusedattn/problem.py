@@ -249,7 +249,7 @@ def make_problem(
         sinks = _sinks(sinks, q.shape[-3])
     if window_size is not None:
         window_size = checks.window(window_size, UNBOUNDED)
-    seed, dropout_p = _dropout(seed, dropout_p)
+    dropout_p, seed = checks.dropout(dropout_p, seed)
     out_dtype = checks.output_dtype(out_dtype, dtype)
     if out is not None:
         inputs = {"q": q, "k": k, "v": v, "mask": mask, "bias": bias}
@@ -367,22 +367,6 @@ def _scale(value: Any, head_dim: int, accumulator: np.dtype[Any]) -> float:
     if value is None:
         return 1.0 / math.sqrt(head_dim)
     return checks.real_in("scale", value, accumulator)
-
-
-def _dropout(seed: Any, dropout_p: Any) -> tuple[int, float]:
-    """Check the pair: a seed is needed with dropout, and ignored without."""
-    if dropout_p != 0.0 or type(dropout_p) is not float:
-        dropout_p = checks.real("dropout_p", dropout_p)
-        if not 0.0 <= dropout_p < 1.0:
-            raise ValueError(f"dropout_p must be in the range [0, 1), but is {dropout_p!r}")
-    if seed is not None:
-        return checks.integer("seed", seed, 0, 2**64 - 1), dropout_p
-    if dropout_p:
-        raise ValueError(
-            f"seed must be an int in [0, 2**64) when dropout_p > 0, but is None "
-            f"(dropout_p is {dropout_p!r})"
-        )
-    return 0, dropout_p
 
 
 def _out(

@@ -42,6 +42,9 @@ class Reference:
         return forward(problem)
 
 
+REFERENCE = Reference()
+
+
 def forward(problem: AttentionProblem) -> Result:
     """Compute ``out`` (B, H, S, E) and, if asked for, ``lse`` (B, H, S)."""
     with np.errstate(all="ignore"):  # NaN, inf and overflow are answers here, not accidents
