@@ -38,17 +38,20 @@ each term by at most ``g_j = (a + r_j + 1) u``. In any order, one key at a time 
 **Output.** Let ``d_j``, ``a_j``, ``b_j`` be the true errors of exponent, numerator and row sum.
 Because ``sum_j w_j c_j v_j = out`` and ``sum_j w_j = 1``,
 
-    out' - out = sum_j w_j [(exp(d_j + a_j) - 1) c_j v_j - (exp(d_j + b_j) - 1) out]
-                 / sum_j w_j exp(d_j + b_j),
+    out' - out = sum_j w_j exp(d_j) [(exp(a_j) - 1) c_j v_j - (exp(b_j) - 1) out]
+                 / sum_j w_j exp(d_j + b_j)
+                 + sum_j w_j (exp(d_j) - 1) (c_j v_j - out) / sum_j w_j exp(d_j + b_j),
 
 hence, with ``h_j = e_j + g_j`` and without neglecting second-order terms,
 
-    |out' - out| <= [sum_j w_j expm1(h_j) |c_j v_j| + |out| sum_j w_j expm1(h_j)]
-                    / sum_j w_j exp(-h_j).
+    |out' - out| <= sum_j w_j [exp(e_j) expm1(g_j) (|c_j v_j| + |out|)
+                               + expm1(e_j) |c_j v_j - out|] / sum_j w_j exp(-h_j).
 
-``out'`` is a weighted mean too, so ``max_j |c_j v_j| + |out|`` bounds the same difference and takes
-over where logits are so large that their rounding errors decide the softmax. Division by the row
-sum, and ``1/(1-p)``, cost ``4u |out'|``; rounding to the output type ``u_out |out'|`` and half its
+A row with a single key owes nothing to its logit. (For large problems ``|c_j v_j - out|`` is
+replaced by ``|c_j v_j| + |out|``, which needs no array of keys times dims for each row.) ``out'``
+is a weighted mean too, so ``max_j |c_j v_j| + |out|`` bounds the same difference and takes over
+where logits are so large that their rounding errors decide the softmax. Division by the row sum,
+and ``1/(1-p)``, cost ``4u |out'|``; rounding to the output type ``u_out |out'|`` and half its
 smallest subnormal. A kernel that rounds its weights to a half type adds ``u_half`` to ``a_j`` and
 says so.
 
@@ -72,19 +75,29 @@ sink, up to the rounding of the sink. Where the output type cannot hold the valu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from fusedattn import reference
 from fusedattn.problem import AttentionProblem
+from fusedattn.testing.compare import assert_within
+from fusedattn.testing.roundoff import (
+    largest,
+    smallest_normal,
+    smallest_subnormal,
+    unit_roundoff,
+)
 from fusedattn.testing.rows import Bool, Float64, RowBlock, kv_heads, row_blocks
+
+__all__ = ["Budget", "assert_within", "forward_budget", "merge_budget", "unit_roundoff"]
 
 # Exponents beyond this have left the range in which exp() of a float64 is finite.
 _EXP_LIMIT = 700.0
+
+# Beyond this many (row, key, dim) triples the cheaper bound of |c_j v_j - out| is taken.
+_EXACT_MEANS = 1 << 18
 
 
 class Budget(NamedTuple):
@@ -92,31 +105,6 @@ class Budget(NamedTuple):
 
     out: Float64
     lse: Float64
-
-
-@cache
-def _limits(dtype: Any) -> Any:
-    return ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
-
-
-def unit_roundoff(dtype: Any) -> float:
-    """Half the distance from 1 to the next larger number of a floating type."""
-    return float(_limits(dtype).eps) / 2
-
-
-def smallest_normal(dtype: Any) -> float:
-    """Smallest positive normal number of a floating type."""
-    return float(_limits(dtype).smallest_normal)
-
-
-def smallest_subnormal(dtype: Any) -> float:
-    """Smallest positive number of a floating type."""
-    return float(_limits(dtype).smallest_subnormal)
-
-
-def largest(dtype: Any) -> float:
-    """Largest finite number of a floating type."""
-    return float(_limits(dtype).max)
 
 
 def working_roundoff(problem: AttentionProblem) -> float:
@@ -193,7 +181,7 @@ class _Weights:
     def __init__(self, problem: AttentionProblem, block: RowBlock, block_k: int | None) -> None:
         self.u = u = working_roundoff(problem)
         self.tiny = smallest_normal(problem.accumulator)
-        self.count = block.attended.sum(-1)
+        self.count: NDArray[np.int64] = block.attended.sum(-1)
         has_sink: Bool = np.greater(block.sink, -np.inf)
         self.row_max = np.maximum(block.logits.max(-1, initial=-np.inf), block.sink)
         size_of_max = np.where(np.isfinite(self.row_max), np.abs(self.row_max), 0.0) + 1
@@ -202,28 +190,28 @@ class _Weights:
         self.lse = np.where(total > 0, np.log(total) + shift, -np.inf)
         self.size_of_max = size_of_max
 
-        additions, most_rescalings = _chain(problem, self.count + has_sink, block_k)
-        per_row = 2 * size_of_max + 4 + (additions + 1)
+        additions, most = _chain(problem, self.count + has_sink, block_k)
         rescalings = _larger(block.logits) + (block.sink[..., None] > block.logits)
+        rescalings = np.minimum(rescalings, most[..., None])
+        logits = np.where(block.attended, block.logits, 0.0)
         exponent = logit_error(problem, block) + u * (
-            2 * np.where(block.attended, np.abs(block.logits), 0.0)
-            + per_row[..., None]
-            + 5 * np.minimum(rescalings, most_rescalings[..., None])
+            2 * np.abs(logits) + 2 * size_of_max[..., None] + 4 * (1 + rescalings)
         )
+        self.exponent = np.where(block.attended, exponent, 0.0)
+        self.chain = u * (additions[..., None] + rescalings + 1)
+        sink = np.where(has_sink, block.sink, 0.0)
+        sink_exponent = u * (4 * np.abs(sink) + 2 * size_of_max + 4 * (1 + most))
+        self.sink_exponent = np.where(has_sink, sink_exponent, 0.0)
+        self.sink_chain = u * (additions + most + 1)
         lse = np.where(total > 0, self.lse, 0.0)
         self.log_w = block.logits - lse[..., None]
-        self.exponent = np.where(block.attended, exponent, 0.0)
         self.sink_log_w = block.sink - lse
-        sink = np.where(has_sink, block.sink, 0.0)
-        self.sink_exponent = np.where(
-            has_sink, u * (4 * np.abs(sink) + per_row + 5 * most_rescalings), 0.0
-        )
-        self.change = _change(self.log_w, self.exponent)
-        self.sink_change = _change(self.sink_log_w, self.sink_exponent)
 
     def lse_budget(self) -> Float64:
         """Bound of the error of each row's lse."""
-        moved = np.log1p(self.change.sum(-1) + self.sink_change)
+        error, sink_error = self.exponent + self.chain, self.sink_exponent + self.sink_chain
+        change = _change(self.log_w, error).sum(-1) + _change(self.sink_log_w, sink_error)
+        moved = np.log1p(change)
         widest = np.maximum(self.exponent.max(-1, initial=0.0), self.sink_exponent)
         moved = np.where(widest < _EXP_LIMIT, moved, np.maximum(moved, widest))
         rest = self.u * (
@@ -231,6 +219,23 @@ class _Weights:
         )
         budget = moved + rest + 4 * self.count * self.tiny
         return np.where(np.isfinite(self.lse) & ~np.isnan(budget), budget, 0.0)
+
+    def blurred(self, extra: float) -> Float64:
+        """Weight times the relative error of its sums, and of its own rounding."""
+        w: Float64 = np.exp(np.minimum(self.log_w + self.exponent, _EXP_LIMIT))
+        blurred: Float64 = w * np.expm1(self.chain + extra)
+        return blurred
+
+    def sink_blurred(self) -> Float64:
+        """Give the same for the sink."""
+        w: Float64 = np.exp(np.minimum(self.sink_log_w + self.sink_exponent, _EXP_LIMIT))
+        blurred: Float64 = w * np.expm1(self.sink_chain)
+        return blurred
+
+    def least(self) -> Float64:
+        """Smallest value that the sum of the computed weights may take."""
+        total: Float64 = np.exp(self.log_w - self.exponent - self.chain).sum(-1)
+        return total + np.exp(self.sink_log_w - self.sink_exponent - self.sink_chain)
 
 
 def _chain(
@@ -291,20 +296,21 @@ def _out_budget(
     # Powers of two keep the sums finite when V stands at the end of the range.
     unit = 2.0 ** np.floor(np.log2(np.abs(v).max(initial=0.0) or 1.0))
     v = v / unit
-    seen_v = np.where(block.attended.any(-2)[..., None], np.abs(v), 0.0)
+    seen: Bool = np.asarray(block.attended.any(-2))
+    seen_v = np.where(seen[..., None], np.abs(v), 0.0)
     v_max = seen_v.max(-2, initial=0.0)[..., None, :]
 
-    w, numerator, lost = np.exp(weights.log_w), weights.change, 4 * weights.count * tiny
+    w = np.exp(weights.log_w) * (1.0 if kept is None else kept)
+    out = w @ v
+    ref = np.abs(out)
+    half = 0.0 if rounds_weights_to is None else unit_roundoff(rounds_weights_to)
+    lost = 4 * weights.count * tiny
     if rounds_weights_to is not None:
-        numerator = _change(weights.log_w, weights.exponent + unit_roundoff(rounds_weights_to))
         lost = lost + weights.count * smallest_subnormal(rounds_weights_to)
-    if kept is not None:
-        w, numerator = w * kept, numerator * kept
-    ref = np.abs(w @ v)
-    row_change = weights.change.sum(-1) + weights.sink_change
-    least = np.exp(weights.log_w - weights.exponent).sum(-1)
-    least = least + np.exp(weights.sink_log_w - weights.sink_exponent)
-    bound = (numerator @ np.abs(v) + ref * row_change[..., None]) / least[..., None]
+    bound = weights.blurred(half) * (1.0 if kept is None else kept) @ np.abs(v)
+    bound += ref * (weights.blurred(0.0).sum(-1) + weights.sink_blurred())[..., None]
+    bound += _moved_means(weights, v, out, kept)
+    bound /= weights.least()[..., None]
     bound = np.where(bound < v_max + ref, bound, v_max + ref)
     bound = bound + (4 * u) * (ref + bound) + lost[..., None] * v_max
 
@@ -313,8 +319,24 @@ def _out_budget(
     size = ref + bound
     bound = bound + unit_roundoff(out_dtype) * size + smallest_subnormal(out_dtype)
     bound = np.where(size > largest(out_dtype), np.inf, bound)
-    bound[weights.count == 0] = 0.0
-    return np.where(np.isnan(bound), 0.0, bound)
+    exact = np.isnan(bound) | np.equal(weights.count, 0)[..., None]
+    return np.where(exact, 0.0, bound)
+
+
+def _moved_means(weights: _Weights, v: Float64, out: Float64, kept: Bool | None) -> Float64:
+    """Sum ``w_j expm1(e_j) |c_j v_j - out|``: how far errors of the exponents move the mean."""
+    change = _change(weights.log_w, weights.exponent)
+    sink = _change(weights.sink_log_w, weights.sink_exponent)[..., None] * np.abs(out)
+    dropped = 0.0
+    if kept is not None:
+        dropped = (change * ~kept).sum(-1)[..., None] * np.abs(out)
+        change = change * kept
+    if change.size * v.shape[-1] > _EXACT_MEANS:
+        spread: Float64 = change @ np.abs(v) + change.sum(-1)[..., None] * np.abs(out)
+    else:
+        distance = np.abs(v[..., None, :, :] - out[..., None, :])
+        spread = (change[..., None, :] @ distance)[..., 0, :]
+    return spread + sink + dropped
 
 
 def merge_budget(
@@ -375,47 +397,4 @@ def merge_budget(
     return Budget(
         np.where(empty[..., None] | np.isnan(bound), 0.0, bound),
         np.where(empty | np.isnan(lse_bound), 0.0, lse_bound),
-    )
-
-
-def assert_within(
-    actual: NDArray[Any], expected: NDArray[Any], budget: NDArray[Any] | float, *, name: str = "out"
-) -> None:
-    """Assert ``|actual - expected| <= budget`` in every element, so that NaN fails.
-
-    NaN is demanded exactly where `expected` has it, infinities with their sign.
-
-    Raises
-    ------
-    AssertionError
-        Naming the worst element, its index, its error and its budget.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> assert_within(np.array([1.0, np.nan]), np.array([1.0, np.nan]), 0.0)
-    >>> assert_within(np.array([1.0, 2.5]), np.array([1.0, 2.0]), 0.25)
-    Traceback (most recent call last):
-    AssertionError: out[1] is 2.5, expected 2.0: error 0.5 is 2 times the budget 0.25 (1 of 2 ...)
-    """
-    assert actual.shape == expected.shape, (
-        f"{name} has shape {actual.shape}, expected {expected.shape}"
-    )
-    if actual.size == 0:
-        return
-    got, want = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    allowed = np.broadcast_to(np.asarray(budget, np.float64), want.shape)
-    with np.errstate(all="ignore"):
-        error = np.where(got == want, 0.0, np.abs(got - want))
-        error = np.where(np.isnan(got) & np.isnan(want), 0.0, error)
-        fine = (error <= allowed) & (np.isfinite(want) | (error == 0))
-        if fine.all():
-            return
-        ratio = np.where(fine, -1.0, np.where(error > 0, error / allowed, np.inf))
-    worst = np.unravel_index(int(np.argmax(np.nan_to_num(ratio, nan=np.inf))), want.shape)
-    place = ", ".join(str(int(i)) for i in worst)
-    raise AssertionError(
-        f"{name}[{place}] is {got[worst]!s}, expected {want[worst]!s}: error {error[worst]:.3g} is "
-        f"{error[worst] / allowed[worst] if allowed[worst] > 0 else np.inf:.3g} times the budget "
-        f"{allowed[worst]:.3g} ({int((~fine).sum())} of {want.size} elements are outside)"
     )
