@@ -130,6 +130,11 @@ def _float64(problem: AttentionProblem, array: NDArray[Any]) -> Float64:
     return wide
 
 
+def _operand(problem: AttentionProblem, array: NDArray[Any]) -> Float64:
+    """Read a bias, slopes or sinks in the accumulator's type, whatever they are stored in."""
+    return array.astype(problem.accumulator).astype(np.float64)
+
+
 def _per_item(problem: AttentionProblem, values: NDArray[np.int64]) -> NDArray[np.int64]:
     """Shape one number per batch item so that it broadcasts against (B, H, S, T)."""
     return values.reshape(*problem.batch_shape, 1, 1, 1)
@@ -149,7 +154,7 @@ def _scores(problem: AttentionProblem) -> tuple[Bool, Float64, Float64 | float]:
     key = np.arange(problem.seqlen_k)
     position = row + _per_item(problem, problem.q_offset)
     if problem.alibi_slopes is not None:
-        slopes = problem.alibi_slopes.astype(np.float64)[..., None, None]
+        slopes = _operand(problem, problem.alibi_slopes)[..., None, None]
         scores = scores - slopes * np.abs(position - key)
 
     visible = row < _per_item(problem, problem.seqused_q)
@@ -164,7 +169,7 @@ def _scores(problem: AttentionProblem) -> tuple[Bool, Float64, Float64 | float]:
     if problem.mask is not None:
         visible = visible & problem.mask
     if problem.bias is not None:
-        bias = problem.bias.astype(np.float64)
+        bias = _operand(problem, problem.bias)
         scores = scores + bias
         visible = visible & (bias != -np.inf)
     return np.broadcast_to(visible, scores.shape), scores, d_softcap
@@ -175,7 +180,7 @@ def _sinks(problem: AttentionProblem) -> Float64 | None:
     if problem.sinks is None:
         return None
     active = np.arange(problem.seqlen_q) < _per_item(problem, problem.seqused_q)[..., 0]
-    return np.where(active, problem.sinks.astype(np.float64)[:, None], -np.inf)
+    return np.where(active, _operand(problem, problem.sinks)[:, None], -np.inf)
 
 
 def _softmax(problem: AttentionProblem, visible: Bool, scores: Float64) -> tuple[Float64, Float64]:

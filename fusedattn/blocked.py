@@ -1,0 +1,291 @@
+"""The blocked algorithm in readable NumPy: the page to read before the kernels.
+
+Plain attention computes all of ``q k^T``, and its scores grow with the square of the length. Here
+the queries are taken in blocks of `BLOCK_Q` rows, and for each of them the keys in blocks of
+`BLOCK_K`, so that the only scores alive are one tile, whatever the length.
+
+A softmax over keys that arrive block by block needs three numbers per row (Milakov & Gimelshein
+2018, arXiv:1805.02867), here called the row's state:
+
+    row_max   largest score so far
+    row_sum   sum of exp(score - row_max) so far
+    acc       sum of exp(score - row_max) * value so far: a vector of head_dim_v
+
+Every exponent is at most 0, so `exp` cannot overflow. When a block brings a larger score, the sums
+so far are relative to a maximum that no longer holds, and are multiplied by
+``rescale = exp(old row_max - new row_max)``. In the end ``out = acc / row_sum`` and
+``lse = row_max + log(row_sum)``. That is FlashAttention-2 (Dao 2023, arXiv:2307.08691, 3.1).
+
+The state is a partial result over the keys seen so far, and taking in a block is the merge of two
+partial results: that of the keys before and that of the block. `fusedattn.merge` does the same with
+finished pairs ``(out, lse)``, where ``row_sum`` is 1 and ``row_max`` is lse. It is why keys may be
+split between blocks, threads or machines.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fusedattn.masks import FULL, KeyRange
+from fusedattn.philox import WORD, philox4x32
+from fusedattn.problem import AttentionProblem, Result
+
+Array = NDArray[Any]
+
+BLOCK_Q = 64
+BLOCK_K = 128
+
+
+class Blocked:
+    """The blocked algorithm as a backend: every feature, no compiler, one thread plus BLAS."""
+
+    name = "blocked"
+
+    def unsupported(self, problem: AttentionProblem) -> list[str]:
+        """Nothing is unsupported."""
+        return []
+
+    def describe(self, problem: AttentionProblem) -> list[str]:
+        """Lines for `fusedattn.explain`."""
+        return [f"NumPy, tiles of {BLOCK_Q} queries x {BLOCK_K} keys"]
+
+    def forward(self, problem: AttentionProblem) -> Result:
+        """See `forward`."""
+        return forward(problem)
+
+
+BLOCKED = Blocked()
+
+
+@dataclass(frozen=True, slots=True)
+class _Head:
+    """What one head of one batch item reads: views of the problem, nothing copied."""
+
+    problem: AttentionProblem
+    q: Array  # (seqlen_q, head_dim)
+    k: Array  # (seqlen_k, head_dim)
+    v: Array  # (seqlen_k, head_dim_v)
+    mask: Array | None  # (seqlen_q, seqlen_k)
+    bias: Array | None  # (seqlen_q, seqlen_k)
+    alibi_slope: Any
+    sink: Any
+    keys: KeyRange
+    q_offset: int
+    head: int
+    batch: int
+
+
+def forward(problem: AttentionProblem, *, block_q: int = BLOCK_Q, block_k: int = BLOCK_K) -> Result:
+    """Compute ``out`` and, if asked for, ``lse``, one tile of scores at a time."""
+    out = problem.out
+    if out is None:
+        out = np.empty(problem.out_shape, problem.out_dtype)
+    lse = np.empty(problem.lse_shape, problem.accumulator)
+    with np.errstate(all="ignore"):  # NaN, inf and overflow are looked at when a row is finished
+        for index, head in _heads(problem):
+            for row_lo in range(0, problem.seqlen_q, block_q):
+                rows = slice(row_lo, min(row_lo + block_q, problem.seqlen_q))
+                out_rows, lse_rows = _query_block(head, rows, block_k)
+                _rescue(head, rows, block_k, out_rows, lse_rows)
+                out[index][rows] = out_rows
+                lse[index][rows] = lse_rows
+    return Result(out, lse if problem.return_lse else None)
+
+
+def _heads(problem: AttentionProblem) -> Iterator[tuple[tuple[int, ...], _Head]]:
+    """Walk the heads of all batch items. Query head h reads KV head ``h // group_size``."""
+    read = problem.accumulator.type  # the type in which small operands count
+    for batch, item in enumerate(np.ndindex(*problem.batch_shape)):
+        for head in range(problem.num_heads):
+            index = (*item, head)
+            index_kv = (*item, head // problem.group_size)
+            slopes, sinks = problem.alibi_slopes, problem.sinks
+            yield (
+                index,
+                _Head(
+                    problem=problem,
+                    q=problem.q[index],
+                    k=problem.k[index_kv],
+                    v=problem.v[index_kv],
+                    mask=None if problem.mask is None else problem.mask[index],
+                    bias=None if problem.bias is None else problem.bias[index],
+                    alibi_slope=None if slopes is None else read(slopes[index]),
+                    sink=None if sinks is None else read(sinks[head]),
+                    keys=problem.key_range(batch),
+                    q_offset=int(problem.q_offset[batch]),
+                    head=head,
+                    batch=batch,
+                ),
+            )
+
+
+def _query_block(
+    head: _Head, rows: slice, block_k: int, alone: int | None = None
+) -> tuple[Array, Array]:
+    """Walk the keys that a block of rows sees; return ``out`` and ``lse`` in the accumulator type.
+
+    With `alone`, the values that this row of the block does not see count as 0: see `_rescue`.
+    """
+    problem = head.problem
+    accumulator = problem.accumulator
+    count = rows.stop - rows.start
+    row_max = np.full(count, -np.inf, accumulator)
+    row_sum = np.zeros(count, accumulator)
+    acc = np.zeros((count, problem.head_dim_v), accumulator)
+    if head.sink is not None:
+        # A sink is a key without a value. Rows past seqused_q have none.
+        active = np.arange(rows.start, rows.stop) < head.keys.seqused_q
+        row_max = np.where(active, head.sink, row_max)
+        row_sum = np.where(row_max == -np.inf, row_sum, accumulator.type(1))
+
+    # Blocks that no row sees are not visited at all. Blocks start at multiples of block_k of the
+    # absolute key index, so that the same keys meet in a block however the queries are cut.
+    k_lo, k_hi = head.keys.block(rows.start, rows.stop)
+    for key_lo in range(k_lo // block_k * block_k, k_hi, block_k):
+        keys = slice(key_lo, min(key_lo + block_k, problem.seqlen_k))
+        scores, seen = _score_tile(head, rows, keys, accumulator)
+        new_max = np.maximum(row_max, scores.max(axis=1))  # keeps NaN, as np.fmax would not
+        # A row that has seen no key yet has nothing to shift by, and -inf - -inf would be NaN.
+        shift = np.where(new_max == -np.inf, accumulator.type(0), new_max)
+        exps = np.exp(scores - shift[:, None])  # exp(-inf) = 0 exactly: hidden keys weigh nothing
+        rescale = np.exp(row_max - shift)
+        row_max = new_max
+        row_sum = row_sum * rescale + exps.sum(axis=1)
+        if problem.dropout_p:
+            # The row_sum is that of all weights: dropout comes after the softmax.
+            keep = _keep_tile(head, rows, keys)
+            seen = keep if seen is None else seen & keep
+            exps = np.where(keep, exps, accumulator.type(0))
+        v = np.ascontiguousarray(head.v[keys], accumulator)
+        if alone is not None and seen is not None:
+            v = np.where(seen[alone][:, None], v, accumulator.type(0))
+        acc = acc * rescale[:, None] + exps @ v
+
+    # Without any key or sink row_sum and acc are 0: divide by 1, and lse becomes log 0 = -inf.
+    divisor = np.where(row_sum == 0, accumulator.type(1), row_sum)
+    if problem.dropout_p:
+        divisor = divisor * accumulator.type(1.0 - problem.dropout_p)
+    lse = np.where(row_sum == 0, row_sum, row_max) + np.log(row_sum)
+    return acc / divisor[:, None], lse
+
+
+def _score_tile(
+    head: _Head, rows: slice, keys: slice, accumulator: np.dtype[Any]
+) -> tuple[Array, Array | None]:
+    """Scores of a tile, -inf where hidden, and which entries are seen (None: all of them)."""
+    problem = head.problem
+    q = np.ascontiguousarray(head.q[rows], accumulator)
+    k = np.ascontiguousarray(head.k[keys], accumulator)
+    scores = (q @ k.T) * accumulator.type(problem.scale)
+    if problem.softcap is not None:
+        cap = accumulator.type(problem.softcap)
+        scores = cap * np.tanh(scores / cap)
+    if head.alibi_slope is not None:
+        position = np.arange(rows.start, rows.stop)[:, None] + head.q_offset
+        distance = np.abs(position - np.arange(keys.start, keys.stop))
+        scores -= head.alibi_slope * distance.astype(accumulator)
+    seen: Array | None = None
+    if head.bias is not None:
+        bias = head.bias[rows, keys].astype(problem.accumulator)
+        scores += bias
+        seen = bias != -np.inf
+    if head.mask is not None:
+        mask = head.mask[rows, keys]
+        seen = mask if seen is None else seen & mask
+    # Inside a full tile no row's interval ends, and nothing is left to look at.
+    if head.keys.tile(rows.start, rows.stop, keys.start, keys.stop) != FULL:
+        intervals = np.array([head.keys.row(row) for row in range(rows.start, rows.stop)])
+        key = np.arange(keys.start, keys.stop)
+        inside = (key >= intervals[:, :1]) & (key < intervals[:, 1:])
+        seen = inside if seen is None else seen & inside
+    if seen is not None:
+        # By selection: a hidden key may hold NaN.
+        scores = np.where(seen, scores, accumulator.type(-np.inf))
+    return scores, seen
+
+
+def _keep_tile(head: _Head, rows: slice, keys: slice) -> Array:
+    """Which entries of a tile dropout keeps: their word is at least ``floor(p * 2**32)``.
+
+    Key ``j`` reads word ``j % 4`` of counter block ``j // 4``. The formula is that of the kernels,
+    here on whole arrays of int64, which wrap around as it expects.
+    """
+    block: Any = np.arange(keys.start // 4, -(-keys.stop // 4))
+    row: Any = np.arange(rows.start, rows.stop)[:, None]
+    seed = head.problem.seed
+    words = philox4x32(block, row, head.head, head.batch, seed & WORD, seed >> 32)
+    drawn = np.stack(words, axis=-1).reshape(row.shape[0], -1)
+    skipped = keys.start % 4
+    keep: Array = drawn >= int(head.problem.dropout_p * 2.0**32)
+    return keep[:, skipped : skipped + keys.stop - keys.start]
+
+
+def _rescue(head: _Head, rows: slice, block_k: int, out: Array, lse: Array) -> None:
+    """Compute the rows again, alone, that did not end in finite numbers; in place.
+
+    The fast path above is optimistic. Three things may spoil a row that deserves a finite result:
+
+    - a value that the row does not see is NaN or inf, and ``0 * NaN`` reached its acc;
+    - the values are so large that acc, which is not yet divided by row_sum, overflowed;
+    - scores at the edge of the accumulator's range.
+
+    The first is mended by the same operations in the same order with unseen values set to 0, which
+    gives the bits of a call without the NaN. The other two by one pass in float64 whose weights are
+    normalised before they meet the values. Rows that see a NaN stay NaN. Ordinary rows pay for one
+    look at their result.
+    """
+    spoilt = ~(np.isfinite(out).all(axis=1) & np.isfinite(lse))
+    for row in np.flatnonzero(spoilt):
+        k_lo, k_hi = head.keys.row(rows.start + int(row))
+        if k_lo == k_hi and np.isfinite(out[row]).all():
+            continue  # sees no key: an lse of -inf is its answer
+        out_alone, lse_alone = _query_block(head, rows, block_k, alone=int(row))
+        out[row], lse[row] = out_alone[row], lse_alone[row]
+        lost = ~np.isfinite(out[row])
+        if lost.any() or not np.isfinite(lse[row]):
+            wide, lse[row] = _row_in_float64(head, rows.start + int(row), block_k)
+            out[row, lost] = wide[lost]
+
+
+def _row_in_float64(head: _Head, row: int, block_k: int) -> tuple[Array, float]:
+    """Compute one row over just the keys it sees, in two passes, to be rounded once.
+
+    The first pass finds row_max and row_sum, the second adds up values under normalised weights. A
+    mean of finite numbers is finite, but near the largest float64 its sum could still round past
+    the end; at a quarter of their size the values cannot, and numbers so large lose no precision.
+    """
+    problem = head.problem
+    row_max, row_sum = -np.inf, 0.0
+    if head.sink is not None and row < head.keys.seqused_q:
+        row_max, row_sum = float(head.sink), 1.0
+    for scores, _, _ in _seen_tiles(head, row, block_k):
+        new_max = np.maximum(row_max, scores.max(initial=-np.inf))
+        shift = 0.0 if new_max == -np.inf else new_max
+        row_sum = row_sum * np.exp(row_max - shift) + np.exp(scores - shift).sum()
+        row_max = new_max
+    if row_sum == 0.0:
+        return np.zeros(problem.head_dim_v), -np.inf
+
+    acc = np.zeros(problem.head_dim_v)
+    for scores, keep, v in _seen_tiles(head, row, block_k):
+        weights = np.exp(scores - row_max) / row_sum / (1.0 - problem.dropout_p)
+        acc += weights[keep] @ (v[keep].astype(np.float64) / 4.0)
+    if problem.dropout_p == 0.0:
+        quarter = np.finfo(np.float64).max / 4.0
+        acc = np.where(np.isfinite(acc), np.clip(acc, -quarter, quarter), acc)
+    return 4.0 * acc, float(row_max + np.log(row_sum))
+
+
+def _seen_tiles(head: _Head, row: int, block_k: int) -> Iterator[tuple[Array, Array, Array]]:
+    """Walk the keys that a row sees: their float64 scores, whether dropout keeps them, values."""
+    rows = slice(row, row + 1)
+    k_lo, k_hi = head.keys.row(row)
+    for key_lo in range(k_lo // block_k * block_k, k_hi, block_k):
+        keys = slice(key_lo, min(key_lo + block_k, head.problem.seqlen_k))
+        scores, seen = _score_tile(head, rows, keys, np.dtype(np.float64))
+        chosen = np.ones(scores.shape[1], bool) if seen is None else seen[0]
+        keep = _keep_tile(head, rows, keys)[0] if head.problem.dropout_p else chosen
+        yield scores[0, chosen], keep[chosen], head.v[keys][chosen]
