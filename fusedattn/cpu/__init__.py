@@ -1,0 +1,1 @@
+"""The CPU backend: fused kernels compiled by Numba from vector IR."""

@@ -1,0 +1,97 @@
+"""The shape of a register tile: how many lanes, vectors and rows a kernel uses on this machine.
+
+Lanes hold queries. A *panel* is `vectors * width` query rows; the micro-kernels multiply it by
+`rows` keys (or value columns) at a time, so `rows * vectors` accumulators stay in registers. The
+numbers depend on the instruction set, the element type and the head dims, and on nothing else:
+neither threads nor sequence lengths nor neighbours in the batch may move a bit of a result.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+
+# Element types as they lie in memory, by NumPy's (and ml_dtypes') names, with their size in bytes.
+STORAGE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+# Bytes of packed queries and output accumulators that one work item may keep live: they are read
+# once per key block and have to stay in a core's own cache.
+ITEM_BYTES = 192 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Isa:
+    """The vector unit of one machine: name, register width and the number of registers."""
+
+    name: str
+    vector_bytes: int
+    registers: int
+
+
+AVX512 = Isa("AVX-512", 64, 32)
+AVX2 = Isa("AVX2", 32, 16)
+SIMD128 = Isa("128-bit SIMD", 16, 32)
+
+
+@functools.cache
+def host_isa() -> Isa:
+    """Return the vector unit that Numba compiles for.
+
+    ``NUMBA_CPU_FEATURES`` (and ``NUMBA_CPU_NAME=generic``) narrow it, as they narrow Numba itself.
+    """
+    features = os.environ.get("NUMBA_CPU_FEATURES")
+    if features is not None:
+        enabled = {word[1:] for word in features.split(",") if word.startswith("+")}
+    elif os.environ.get("NUMBA_CPU_NAME") == "generic":
+        enabled = set()
+    else:
+        import llvmlite.binding as llvm
+
+        enabled = {name for name, on in llvm.get_host_cpu_features().items() if on}
+    if {"avx512f", "avx512dq", "avx512bw", "avx512vl"} <= enabled:
+        return AVX512
+    if {"avx2", "fma", "f16c"} <= enabled:
+        return AVX2
+    return SIMD128
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Everything that fixes the code of one kernel, and so the key under which it is cached."""
+
+    storage: str  # element type of q, k and v in memory
+    out_storage: str  # element type of out in memory
+    width: int  # lanes per vector register
+    vectors: int  # vectors per panel row
+    rows: int  # keys, or value columns, per register tile
+    block_k: int  # keys per tile of scores
+
+    @property
+    def bits(self) -> int:
+        """Bits of the accumulator type."""
+        return 64 if self.storage == "float64" else 32
+
+    @property
+    def real_bytes(self) -> int:
+        """Bytes of the accumulator type."""
+        return self.bits // 8
+
+    @property
+    def lanes(self) -> int:
+        """Query rows per panel."""
+        return self.width * self.vectors
+
+    def panels(self, head_dim: int, head_dim_v: int) -> int:
+        """Return the number of panels of one work item, 1 to 4."""
+        panel = self.lanes * (head_dim + head_dim_v) * self.real_bytes
+        return max(1, min(4, ITEM_BYTES // panel))
+
+
+def tile_for(storage: str, out_storage: str, isa: Isa | None = None) -> Tile:
+    """Return the tile that serves an element type on a machine (by default, this one)."""
+    isa = isa or host_isa()
+    width = isa.vector_bytes // (8 if storage == "float64" else 4)
+    # rows * vectors accumulators, one row of the panel and a broadcast must fit the registers.
+    vectors, rows = (3, 8) if isa.registers == 32 else (2, 6)
+    return Tile(storage, out_storage, width, vectors, rows, block_k=96)
