@@ -246,8 +246,10 @@ def _rescue(head: _Head, rows: slice, block_k: int, out: Array, lse: Array) -> N
         out[row], lse[row] = out_alone[row], lse_alone[row]
         lost = ~np.isfinite(out[row])
         if lost.any() or not np.isfinite(lse[row]):
-            wide, lse[row] = _row_in_float64(head, rows.start + int(row), block_k)
+            wide, lse_wide = _row_in_float64(head, rows.start + int(row), block_k)
             out[row, lost] = wide[lost]
+            if not np.isfinite(lse[row]):
+                lse[row] = lse_wide
 
 
 def _row_in_float64(head: _Head, row: int, block_k: int) -> tuple[Array, float]:
