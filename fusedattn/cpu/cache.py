@@ -2,7 +2,7 @@
 
 Numba's own cache looks at the file of the function it compiles and would run stale code after a
 change to the emitters in another file. Here the key is what the machine code depends on: the
-source of this package's kernels, the tile, the CPU and the versions of the compilers. A file that
+source of this package's kernels, the tile shape, the CPU and the versions of the compilers. A file that
 cannot be read, or is not whole, counts as absent; one that cannot be written is not missed.
 """
 
@@ -15,10 +15,9 @@ import os
 import pickle
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from fusedattn.cpu.tile import Tile
 
 _VARIABLE = "FUSEDATTN_CACHE_DIR"
 _DIGEST_BYTES = hashlib.sha256().digest_size
@@ -48,61 +47,91 @@ def _source_digest() -> bytes:
     return digest.digest()
 
 
-def _key(tile: Tile) -> str:
+def _key(detail: object) -> str:
     import llvmlite
     import numba
     from llvmlite import binding
     from numba.core import config
 
-    features = config.CPU_FEATURES or binding.get_host_cpu_features().flatten()
     parts = (
         sys.version,
         numba.__version__,
         llvmlite.__version__,
-        binding.get_default_triple(),
+        binding.get_process_triple(),
         config.CPU_NAME or binding.get_host_cpu_name(),
-        features,
+        config.CPU_FEATURES or binding.get_host_cpu_features().flatten(),
         config.OPT,
-        tile,
+        detail,
     )
     return hashlib.sha256(_source_digest() + repr(parts).encode()).hexdigest()[:32]
 
 
-class KernelCache:
-    """The two methods that Numba calls on a function's cache, for one kernel."""
+def _path(name: str, detail: object) -> Path:
+    return cache_dir() / f"{name}-{_key(detail)}.bin"
 
-    def __init__(self, tile: Tile) -> None:
-        self.path = cache_dir() / f"{tile.storage}-{tile.out_storage}-{_key(tile)}.bin"
+
+def _read(path: Path) -> bytes | None:
+    """Return what was written, or None if it is absent, unreadable or not whole."""
+    try:
+        whole = path.read_bytes()
+    except OSError:
+        return None
+    digest, payload = whole[:_DIGEST_BYTES], whole[_DIGEST_BYTES:]
+    return payload if hashlib.sha256(payload).digest() == digest else None
+
+
+def _write(path: Path, payload: bytes) -> None:
+    """Write completely or not at all; a folder that cannot be written is not missed."""
+    temporary = None
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".partial-")
+        with os.fdopen(handle, "wb") as file:
+            file.write(hashlib.sha256(payload).digest() + payload)
+        os.replace(temporary, path)
+    except OSError:
+        pass
+    else:
+        temporary = None
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def fetch(name: str, detail: object, make: Callable[[], bytes]) -> bytes:
+    """Return the code kept under a name and the details it depends on, made if it is not there."""
+    path = _path(name, detail)
+    code = _read(path)
+    if code is None:
+        code = make()
+        _write(path, code)
+    return code
+
+
+class KernelCache:
+    """The two methods that Numba calls on the cache of a function, for the worker."""
+
+    def __init__(self) -> None:
+        self.path = _path("worker", "")
 
     def load_overload(self, signature: Any, target_context: Any) -> Any:
-        """Return the compiled kernel, or None."""
+        """Return the compiled function, or None."""
         del signature
         from numba.core.compiler import CompileResult
 
+        payload = _read(self.path)
+        if payload is None:
+            return None
         try:
-            whole = self.path.read_bytes()
-            digest, payload = whole[:_DIGEST_BYTES], whole[_DIGEST_BYTES:]
-            if hashlib.sha256(payload).digest() != digest:
-                return None
             target_context.refresh()
             return CompileResult._rebuild(target_context, *pickle.loads(payload))
         except Exception:  # whatever is wrong with it, compiling again is right
             return None
 
     def save_overload(self, signature: Any, data: Any) -> None:
-        """Write the compiled kernel: completely or not at all."""
+        """Keep the compiled function."""
         del signature
         from numba.core import serialize
 
-        payload = serialize.dumps(data._reduce())
-        temporary = None
-        try:
-            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=".partial-")
-            with os.fdopen(handle, "wb") as file:
-                file.write(hashlib.sha256(payload).digest() + payload)
-            os.replace(temporary, self.path)
-        except OSError:  # read-only or full: the next process compiles again
-            if temporary is not None:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary)
+        _write(self.path, serialize.dumps(data._reduce()))

@@ -1,97 +1,146 @@
 """Scalar reads and writes at an address, for the macro loops.
 
 Arrays as arguments would make Numba compile a kernel again for each layout, so kernels hold plain
-int64 addresses. A table is an address and an index; every table below is one of these types.
+int64 addresses: ``get_*(base, index)`` and ``set_*(base, index, value)`` treat one as a table.
+Storage types go by their code, so that one compilation serves them all.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from types import SimpleNamespace
+from typing import Any
 
 import numba
 from llvmlite import ir
 
-from fusedattn.cpu.simd import DOUBLE, I8, I32, I64, Emitter, emitted
-from fusedattn.cpu.tile import Tile
+from fusedattn.cpu.simd import DOUBLE, FLOAT, I8, I32, I64, Emitter, Writer, inlined
+from fusedattn.cpu.tile import STORAGE_BYTES
 
 # Kernels have no exceptions: a division by zero gives inf or NaN, as the arithmetic means it.
 njit = partial(numba.njit, error_model="numpy")
 
+STORAGE_CODE = {name: code for code, name in enumerate(STORAGE_BYTES)}
 
-def make_memory(tile: Tile) -> SimpleNamespace:
-    """Return the intrinsics ``get_*(base, index)``, ``set_*(base, index, value)`` and their kin.
 
-    ``i64``, ``i32`` and ``u8`` are integers, ``f64`` is float64, ``real`` the accumulator type
-    (float64 in Python); ``element`` reads one value of the storage type as float64, ``put`` rounds
-    a float64 to the type of out, ``bias`` reads one of the four float types by its code.
-    """
+def _get(kind: ir.Type, size: int) -> Writer:
+    def write(e: Emitter, base: ir.Value, index: ir.Value) -> ir.Value:
+        value = e.load(e.offset(base, index, size), kind)
+        if kind == I8:
+            return e.builder.zext(value, I64)
+        return e.builder.sext(value, I64) if kind == I32 else value
 
-    def get(kind: ir.Type, size: int):  # type: ignore[no-untyped-def]
-        def write(e: Emitter, base: ir.Value, index: ir.Value) -> ir.Value:
-            value = e.load(e.offset(base, index, size), kind)
-            if kind == I8:
-                return e.builder.zext(value, I64)
-            return e.builder.sext(value, I64) if kind == I32 else value
+    return write
 
-        return write
 
-    def put(kind: ir.Type, size: int):  # type: ignore[no-untyped-def]
-        def write(e: Emitter, base: ir.Value, index: ir.Value, value: ir.Value) -> None:
-            narrow = e.builder.trunc(value, kind) if kind in (I8, I32) else value
-            e.store(narrow, e.offset(base, index, size))
+def _set(kind: ir.Type, size: int) -> Writer:
+    def write(e: Emitter, base: ir.Value, index: ir.Value, value: ir.Value) -> None:
+        narrow = e.builder.trunc(value, kind) if kind in (I8, I32) else value
+        e.store(narrow, e.offset(base, index, size))
 
-        return write
+    return write
 
-    def get_real(e: Emitter, base: ir.Value, index: ir.Value) -> ir.Value:
-        value = e.load(e.offset(base, index, e.bytes), e.real)
-        return value if e.bits == 64 else e.builder.fpext(value, DOUBLE)
 
-    def set_real(e: Emitter, base: ir.Value, index: ir.Value, value: ir.Value) -> None:
-        e.store(e.to_real(value), e.offset(base, index, e.bytes))
+get_i64 = inlined("ii>i", _get(I64, 8))
+get_i32 = inlined("ii>i", _get(I32, 4))
+get_u8 = inlined("ii>i", _get(I8, 1))
+get_f64 = inlined("ii>f", _get(DOUBLE, 8))
+set_i64 = inlined("iii>", _set(I64, 8))
+set_i32 = inlined("iii>", _set(I32, 4))
+set_u8 = inlined("iii>", _set(I8, 1))
+set_f64 = inlined("iif>", _set(DOUBLE, 8))
 
-    def element(e: Emitter, address: ir.Value) -> ir.Value:
-        return Emitter(e.builder, 64, 1).load_storage(address, tile.storage)
 
-    def put_out(e: Emitter, address: ir.Value, value: ir.Value) -> None:
-        single = e.to_real(value)
-        e.store_storage(single, address, tile.out_storage)
+def _choose(e: Emitter, cases: list[tuple[ir.Value, Callable[[], ir.Value]]]) -> ir.Value:
+    """The float64 value of the first case whose condition holds; the last needs none."""
+    result = e.variable(ir.Constant(DOUBLE, 0.0))
 
-    def add_atomic(e: Emitter, address: ir.Value, value: ir.Value) -> ir.Value:
-        pointer = e.builder.inttoptr(address, I64.as_pointer())
-        return e.builder.atomic_rmw("add", pointer, value, "monotonic")
+    def branch(rest: list[tuple[ir.Value, Callable[[], ir.Value]]]) -> None:
+        (condition, value), *others = rest
+        if not others:
+            e.builder.store(value(), result)
+            return
+        with e.builder.if_else(condition) as (then, otherwise):
+            with then:
+                e.builder.store(value(), result)
+            with otherwise:
+                branch(others)
 
-    def get_atomic(e: Emitter, address: ir.Value) -> ir.Value:
-        pointer = e.builder.inttoptr(address, I64.as_pointer())
-        return e.builder.load_atomic(pointer, "monotonic", 8)
+    branch(cases)
+    return e.builder.load(result)
 
-    table = {
-        "get_i64": ("ii>i", get(I64, 8)),
-        "get_i32": ("ii>i", get(I32, 4)),
-        "get_u8": ("ii>i", get(I8, 1)),
-        "get_f64": ("ii>f", get(DOUBLE, 8)),
-        "get_real": ("ii>f", get_real),
-        "set_i64": ("iii>", put(I64, 8)),
-        "set_i32": ("iii>", put(I32, 4)),
-        "set_u8": ("iii>", put(I8, 1)),
-        "set_f64": ("iif>", put(DOUBLE, 8)),
-        "set_real": ("iif>", set_real),
-        "element": ("i>f", element),
-        "put_out": ("if>", put_out),
-        "add_atomic": ("ii>i", add_atomic),
-        "get_atomic": ("i>i", get_atomic),
-    }
-    for storage in ("float16", "bfloat16", "float32", "float64"):
 
-        def read(e: Emitter, address: ir.Value, storage: str = storage) -> ir.Value:
-            """Round to the accumulator first: that is the type in which a bias counts."""
-            value = e.load_storage(address, storage)
-            return value if e.bits == 64 else e.builder.fpext(value, DOUBLE)
-
-        table[f"read_{storage}"] = ("i>f", read)
-    return SimpleNamespace(
-        **{
-            name: emitted(name, signature, write, tile.bits, tile.width, inline=True)
-            for name, (signature, write) in table.items()
-        }
+def _get_real(e: Emitter, base: ir.Value, index: ir.Value, size: ir.Value) -> ir.Value:
+    at = e.offset(base, index, size)
+    single = e.builder.icmp_signed("==", size, I64(4))
+    return _choose(
+        e,
+        [
+            (single, lambda: e.builder.fpext(e.load(at, FLOAT), DOUBLE)),
+            (single, lambda: e.load(at, DOUBLE)),
+        ],
     )
+
+
+def _set_real(e: Emitter, base: ir.Value, index: ir.Value, size: ir.Value, value: ir.Value) -> None:
+    at = e.offset(base, index, size)
+    with e.builder.if_else(e.builder.icmp_signed("==", size, I64(4))) as (then, otherwise):
+        with then:
+            e.store(e.builder.fptrunc(value, FLOAT), at)
+        with otherwise:
+            e.store(value, at)
+
+
+def _read(e: Emitter, address: ir.Value, code: ir.Value) -> ir.Value:
+    def case(name: str) -> tuple[ir.Value, Callable[[], ir.Value]]:
+        is_it = e.builder.icmp_signed("==", code, I64(STORAGE_CODE[name]))
+        return is_it, lambda: e.load_storage(address, name)
+
+    return _choose(e, [case(name) for name in STORAGE_CODE])
+
+
+def _write(e: Emitter, address: ir.Value, code: ir.Value, value: ir.Value) -> None:
+    for name in STORAGE_CODE:
+        with e.builder.if_then(e.builder.icmp_signed("==", code, I64(STORAGE_CODE[name]))):
+            e.store_storage(value, address, name)
+
+
+def _round_real(e: Emitter, value: ir.Value, size: ir.Value) -> ir.Value:
+    single = e.builder.fpext(e.builder.fptrunc(value, FLOAT), DOUBLE)
+    return e.builder.select(e.builder.icmp_signed("==", size, I64(4)), single, value)
+
+
+# Accumulator-type values (size 4 or 8 bytes) as float64.
+get_real = inlined("iii>f", _get_real)
+set_real = inlined("iiif>", _set_real)
+round_real = inlined("fi>f", _round_real)
+# One value of a storage type, by its code, as float64; writing rounds once.
+read_storage = inlined("ii>f", _read)
+write_storage = inlined("iif>", _write)
+
+
+def _add_atomic(e: Emitter, address: ir.Value, value: ir.Value) -> ir.Value:
+    pointer = e.builder.inttoptr(address, I64.as_pointer())
+    return e.builder.atomic_rmw("add", pointer, value, "monotonic")
+
+
+def _get_atomic(e: Emitter, address: ir.Value) -> ir.Value:
+    return e.builder.load_atomic(e.builder.inttoptr(address, I64.as_pointer()), "monotonic", 8)
+
+
+add_atomic = inlined("ii>i", _add_atomic)
+get_atomic = inlined("i>i", _get_atomic)
+
+
+def view_as(record: Any) -> Any:
+    """Return an intrinsic ``view(address)`` that sees a Numba record at an address."""
+    from numba.extending import intrinsic
+
+    @intrinsic
+    def view(typing_context: Any, address: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, values: Any) -> Any:
+            return builder.inttoptr(values[0], context.get_value_type(sig.return_type))
+
+        return record(numba.types.int64), codegen
+
+    return view

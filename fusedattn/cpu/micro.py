@@ -19,12 +19,11 @@ FlashAttention-2 (arXiv:2307.08691), algorithm 1; register tiles, Goto & van de 
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 from llvmlite import ir
 
-from fusedattn.cpu.simd import DOUBLE, I8, I32, I64, Emitter, emitted
+from fusedattn.cpu.simd import DOUBLE, I8, I32, I64, Emitter, define
 from fusedattn.cpu.tile import STORAGE_BYTES, Tile
 from fusedattn.philox import KEY_STEPS, MULTIPLIERS, ROUNDS
 
@@ -93,35 +92,33 @@ EXPONENT_BITS = {32: 127, 64: 1023}
 MANTISSA_BITS = {32: 23, 64: 52}
 
 
-def make_micro(tile: Tile) -> SimpleNamespace:
-    """Return the micro-kernels of a tile shape as Numba intrinsics.
+# Arguments of each micro-kernel, see `define` and the methods of `_Writer` for their names. Every
+# address points to rows of ``tile.lanes`` elements on a cache line, or to the caller's own memory.
+SIGNATURES = {
+    "scores": "iiiiii>",
+    "weights": "iifiii>",
+    "accumulate": "iiiiiii>",
+    "hide_outside": "iiiii>",
+    "hide_masked": "iii>",
+    "multiply": "iif>",
+    "softcap": "iif>",
+    "alibi": "iiiii>",
+    "add": "iii>",
+    "drop": "iiiiiiii>",
+    "pack": "iiiif>",
+    "unpack": "iiiiii>",
+    "stage": "iiiiiiii>",
+    "copy": "iiiiiiii>",
+    "dot": "iiiii>f",
+}
 
-    Every address points to ``S``-like rows of ``tile.lanes`` elements, 64-byte aligned, unless it
-    is the caller's own memory.
-    """
-    writer = _Writer(tile)
-    table = {
-        "scores": "iiiiii>",
-        "weights": "iifiii>",
-        "accumulate": "iiiiiii>",
-        "hide_outside": "iiiii>",
-        "hide_masked": "iii>",
-        "multiply": "iif>",
-        "softcap": "iif>",
-        "alibi": "iiiii>",
-        "add": "iii>",
-        "drop": "iiiiiiii>",
-        "pack": "iiiif>",
-        "unpack": "iiiiii>",
-        "stage": "iiiiiiii>",
-        "dot": "iiiii>f",
-    }
-    return SimpleNamespace(
-        **{
-            name: emitted(name, signature, getattr(writer, name), tile.bits, tile.width)
-            for name, signature in table.items()
-        }
-    )
+
+def emit_module(tile: Tile) -> ir.Module:
+    """Return the module with all micro-kernels of a tile shape."""
+    module, writer = ir.Module(name="fusedattn_micro"), _Writer(tile)
+    for name, signature in SIGNATURES.items():
+        define(module, name, signature, getattr(writer, name), tile.bits, tile.width)
+    return module
 
 
 class _Writer:
@@ -539,7 +536,15 @@ class _Writer:
 
     def stage(self, e: Emitter, target, target_stride, source, stride, step, n, columns, keep) -> None:  # type: ignore[no-untyped-def]
         """Copy n rows as reals; rows whose byte ``keep[j]`` is 0 become 0 (``keep`` 0: copy all)."""
-        build, width, storage = e.builder, self.tile.width, self.tile.storage
+        rows = (target, target_stride, source, stride, step, n, columns, keep)
+        self._copy(e, self.tile.storage, *rows)
+
+    def copy(self, e: Emitter, *rows: ir.Value) -> None:
+        """`stage` for rows that are reals already."""
+        self._copy(e, f"float{self.tile.bits}", *rows)
+
+    def _copy(self, e: Emitter, storage, target, target_stride, source, stride, step, n, columns, keep) -> None:  # type: ignore[no-untyped-def] # noqa: E501
+        build, width = e.builder, self.tile.width
         blocks = self._blocks(e, columns, step, storage)
         with e.loop(n) as j:
             to, of = e.offset(target, j, target_stride), e.offset(source, j, stride)

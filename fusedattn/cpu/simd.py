@@ -1,11 +1,11 @@
-"""Vector instructions for Numba: LLVM IR from Python, and the way it enters an ``@njit`` function.
+"""Vector instructions for Numba: LLVM IR from Python, and the ways it meets an ``@njit`` function.
 
 Numba's own code generator turns a scalar loop into vectors only where LLVM's cost model agrees;
-the micro-kernels need exact register tiles instead. :func:`emitted` makes a Numba intrinsic out of
-a Python function that writes LLVM IR through an :class:`Emitter`. The IR becomes one private,
-never inlined function per module, so it is optimised once however often it is called.
+the micro-kernels need exact register tiles instead. A Python function writes their LLVM IR through
+an `Emitter`. `define` makes it a function of a module of its own, which is optimised once however
+many kernels call it, through `native`; `inlined` is for the few instructions of a load or store.
 
-All arguments of an emitted function are addresses and counts (int64) or scalars (float64).
+All arguments are addresses and counts (int64) or scalars (float64).
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from numba.extending import intrinsic
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 HALF, FLOAT, DOUBLE = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 BYTES = I8.as_pointer()
+
+Writer = Callable[..., "ir.Value | None"]
 
 MEMORY_TYPE = {"float16": HALF, "bfloat16": I16, "float32": FLOAT, "float64": DOUBLE}
 
@@ -119,6 +121,8 @@ class Emitter:
         """Store element-type values, rounded once to nearest even, in a storage type."""
         lanes = value.type.count if isinstance(value.type, ir.VectorType) else 1
         shape = (lambda t: ir.VectorType(t, lanes)) if lanes > 1 else (lambda t: t)
+        if storage in ("float16", "bfloat16") and self.bits == 64:
+            value = self._round_to_odd(value, shape)
         if storage == "bfloat16":
             value = self._to_bfloat16(value, shape)
         elif storage == "float16":
@@ -130,6 +134,21 @@ class Emitter:
     def _fill(self, type_: ir.Type, value: int) -> ir.Constant:
         vector = isinstance(type_, ir.VectorType)
         return ir.Constant(type_, [value] * type_.count if vector else value)
+
+    def _round_to_odd(self, value: ir.Value, shape: Callable[[ir.Type], ir.Type]) -> ir.Value:
+        """float64 to float32 such that rounding again, to a half type, is like rounding once.
+
+        The 29 bits that float32 drops are folded into its last bit: Boldo & Melquiond, "Emulation
+        of FMA and correctly rounded sums" (2008), section 3.
+        """
+        build, wide = self.builder, shape(I64)
+        raw = build.bitcast(value, wide)
+        low = self._fill(wide, (1 << 29) - 1)
+        is_cut = build.icmp_unsigned("!=", build.and_(raw, low), self._fill(wide, 0))
+        last = build.select(is_cut, self._fill(wide, 1 << 29), self._fill(wide, 0))
+        odd = build.bitcast(build.or_(build.and_(raw, build.not_(low)), last), value.type)
+        is_number = build.fcmp_ordered("ord", value, value)
+        return build.fptrunc(build.select(is_number, odd, value), shape(FLOAT))
 
     def _to_bfloat16(self, value: ir.Value, shape: Callable[[ir.Type], ir.Type]) -> ir.Value:
         build, word = self.builder, shape(I32)
@@ -217,64 +236,74 @@ class Emitter:
         return place
 
 
-def emitted(
-    name: str,
-    signature: str,
-    write: Callable[..., ir.Value | None],
-    bits: int,
-    width: int,
-    *,
-    inline: bool = False,
-) -> Any:
-    """Make a Numba intrinsic that calls the LLVM function which ``write`` emits.
+def define(
+    module: ir.Module, name: str, signature: str, write: Writer, bits: int, width: int
+) -> ir.Function:
+    """Add a function to a module: ``write(emitter, *arguments)`` emits its body.
 
     Parameters
     ----------
+    module : ir.Module
+        Where the function goes.
     name : str
-        Name of the LLVM function, unique per kernel.
+        Its symbol.
     signature : str
         One letter per argument, ``i`` (int64) or ``f`` (float64), then ``>`` and the result: ``i``,
         ``f`` or nothing.
     write : callable
-        ``write(emitter, *arguments)`` emits the body and returns the result, if there is one.
+        Emits the body and returns the result, if there is one.
     bits, width : int
         Element type and vector width of the emitter.
-    inline : bool
-        True for a few instructions; False keeps one optimised copy whatever the number of calls.
     """
-    parameters, result = signature.split(">")
-    numba_type = {"i": types.int64, "f": types.float64, "": types.void}
-    llvm_type = {"i": I64, "f": DOUBLE, "": ir.VoidType()}
+    function = ir.Function(module, _llvm_signature(signature), name)
+    function.attributes.add("nounwind")
+    builder = ir.IRBuilder(function.append_basic_block("entry"))
+    value = write(Emitter(builder, bits, width), *function.args)
+    if value is None:
+        builder.ret_void()
+    else:
+        builder.ret(value)
+    return function
 
-    def declare(module: ir.Module) -> ir.Function:
-        if name in module.globals:
-            return module.globals[name]
-        kind = ir.FunctionType(llvm_type[result], [llvm_type[letter] for letter in parameters])
-        function = ir.Function(module, kind, name)
-        function.linkage = "internal"
-        for attribute in ("alwaysinline" if inline else "noinline", "nounwind"):
-            function.attributes.add(attribute)
-        builder = ir.IRBuilder(function.append_basic_block("entry"))
-        value = write(Emitter(builder, bits, width), *function.args)
-        if value is None:
-            builder.ret_void()
-        else:
-            builder.ret(value)
-        return function
+
+def native(signature: str) -> Any:
+    """Return a Numba intrinsic ``call(address, *arguments)`` for native code of this signature."""
+
+    def call(builder: ir.IRBuilder, address: ir.Value, *arguments: ir.Value) -> ir.Value:
+        pointer = builder.inttoptr(address, _llvm_signature(signature).as_pointer())
+        return builder.call(pointer, arguments)
+
+    return _intrinsic("i" + signature, call)
+
+
+def inlined(signature: str, write: Writer) -> Any:
+    """Return a Numba intrinsic whose few instructions stand where it is called."""
+
+    def emit(builder: ir.IRBuilder, *arguments: ir.Value) -> ir.Value | None:
+        return write(Emitter(builder, 64, 1), *arguments)
+
+    return _intrinsic(signature, emit)
+
+
+def _llvm_signature(signature: str) -> ir.FunctionType:
+    parameters, result = signature.split(">")
+    kinds = {"i": I64, "f": DOUBLE, "": ir.VoidType()}
+    return ir.FunctionType(kinds[result], [kinds[letter] for letter in parameters])
+
+
+def _intrinsic(signature: str, emit: Callable[..., ir.Value | None]) -> Any:
+    parameters, result = signature.split(">")
+    kinds = {"i": types.int64, "f": types.float64, "": types.void}
 
     def typing(*_: Any) -> Any:
-        sig = numba_type[result](*(numba_type[letter] for letter in parameters))
+        def codegen(context: Any, builder: Any, _sig: Any, values: Any) -> Any:
+            value = emit(builder, *values)
+            return value if result else context.get_dummy_value()
 
-        def codegen(context: Any, builder: Any, sig: Any, values: Any) -> Any:
-            del sig
-            call = builder.call(declare(builder.module), values)
-            return call if result else context.get_dummy_value()
-
-        return sig, codegen
+        return kinds[result](*(kinds[letter] for letter in parameters)), codegen
 
     # Numba takes the arity from the signature and folds a true *arguments into a tuple.
     kind = inspect.Parameter.POSITIONAL_ONLY
     names = ["typing_context", *(f"argument_{i}" for i in range(len(parameters)))]
     typing.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in names])  # type: ignore[attr-defined]
-    typing.__name__ = name
     return intrinsic(typing)
