@@ -386,19 +386,7 @@ def set_num_threads(n: int) -> None:
 
 
 def get_num_threads() -> int:
-    """Return how many threads the CPU kernels use.
-
-    Returns
-    -------
-    int
-        At least 1.
-
-    Examples
-    --------
-    >>> import fusedattn
-    >>> fusedattn.get_num_threads() >= 1
-    True
-    """
+    """Return how many threads the CPU kernels use: an int, at least 1; see `set_num_threads`."""
     from fusedattn.cpu import threads
 
     count: int = threads.get_num_threads()
