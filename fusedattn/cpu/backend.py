@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusedattn.cpu import threads
-from fusedattn.cpu.compile import get_micro, get_worker
-from fusedattn.cpu.forward import STOP
+from fusedattn.cpu.compile import get_micro, get_rescue, get_worker, known_rescue
+from fusedattn.cpu.forward import NEEDS_RESCUE, STOP
 from fusedattn.cpu.params import STORAGE_NAME, Lowered, lower
 from fusedattn.cpu.tile import tile_for
 from fusedattn.problem import AttentionProblem, Result
@@ -50,7 +50,9 @@ class Cpu:
         lse = np.empty(problem.lse_shape, problem.accumulator) if problem.return_lse else None
         tile = tile_for(STORAGE_NAME[problem.dtype], STORAGE_NAME[problem.out_dtype])
         if out.size:
-            _run(lower(problem, tile, get_micro(tile).addresses, out, lse), problem.flops)
+            lowered = lower(problem, tile, out, lse)
+            lowered.natives(get_micro(tile).addresses | known_rescue())
+            _run(lowered, problem.flops)
         return Result(out, lse)
 
 
@@ -69,18 +71,22 @@ def _run(lowered: Lowered, flops: int) -> None:
     worker, address = get_worker(), lowered.address
     scratch_bytes, items = int(lowered.record["scratch_bytes"]), int(lowered.record["items"])
 
+    needs_rescue: list[bool] = []
+
     def work() -> None:
-        worker(address, _working_memory(scratch_bytes))
+        if worker(address, _working_memory(scratch_bytes)) == NEEDS_RESCUE:
+            needs_rescue.append(True)
+            stop()
 
     def stop() -> None:
         lowered.counter[0] = STOP
 
     count = 1 if flops < ALONE_FLOPS else min(threads.get_num_threads(), items)
-    join_in = flops < LONG_FLOPS
-    if count == 1 and join_in:
-        work()
-    else:
-        threads.run(work, stop, count, join_in=join_in)
+    threads.run(work, stop, count, join_in=flops < LONG_FLOPS)
+    if needs_rescue:  # the first time ever: compile it and start over
+        lowered.natives(get_rescue())
+        lowered.counter[0] = 0
+        threads.run(work, stop, count, join_in=flops < LONG_FLOPS)
 
 
 def warmup(dtypes: Iterable[str] = ("float32",)) -> None:
@@ -88,3 +94,4 @@ def warmup(dtypes: Iterable[str] = ("float32",)) -> None:
     for dtype in dtypes:
         get_micro(tile_for(dtype, dtype))
     get_worker()
+    get_rescue()

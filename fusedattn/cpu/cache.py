@@ -110,24 +110,25 @@ def fetch(name: str, detail: object, make: Callable[[], bytes]) -> bytes:
 
 
 class KernelCache:
-    """The two methods that Numba calls on the cache of a function, for the worker."""
+    """The two methods that Numba calls on the cache of a function, for one entry point."""
 
-    def __init__(self) -> None:
-        self.path = _path("worker", "")
+    def __init__(self, name: str, before_compiling: Callable[[], None]) -> None:
+        self.path = _path(name, "")
+        self.before_compiling = before_compiling
 
     def load_overload(self, signature: Any, target_context: Any) -> Any:
-        """Return the compiled function, or None."""
+        """Return the compiled function, or None when it has to be compiled."""
         del signature
         from numba.core.compiler import CompileResult
 
         payload = _read(self.path)
-        if payload is None:
-            return None
-        try:
-            target_context.refresh()
-            return CompileResult._rebuild(target_context, *pickle.loads(payload))
-        except Exception:  # whatever is wrong with it, compiling again is right
-            return None
+        # Whatever is wrong with a file, compiling again is right.
+        with contextlib.suppress(Exception):
+            if payload is not None:
+                target_context.refresh()
+                return CompileResult._rebuild(target_context, *pickle.loads(payload))
+        self.before_compiling()
+        return None
 
     def save_overload(self, signature: Any, data: Any) -> None:
         """Keep the compiled function."""

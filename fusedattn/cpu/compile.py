@@ -17,15 +17,15 @@ from numba.core import config
 from numba.core.ccallback import CFunc
 
 from fusedattn.cpu.cache import KernelCache, fetch
-from fusedattn.cpu.forward import WORKER_SIGNATURE, worker
+from fusedattn.cpu.forward import RESCUE_SIGNATURES, worker
+from fusedattn.cpu.memory import compile_kernels, numba_signature
 from fusedattn.cpu.micro import SIGNATURES, emit_module
 from fusedattn.cpu.tile import Tile
 
 Worker = Callable[[int, int], int]
 
 _lock = threading.RLock()
-_micro: dict[Tile, Micro] = {}
-
+_rescue: dict[str, Any] = {}
 
 class Micro(NamedTuple):
     """The micro-kernels of a tile shape: addresses by name, and what keeps them in memory."""
@@ -46,18 +46,40 @@ def once(function: Callable[..., Any]) -> Callable[..., Any]:
     return locked
 
 
+def _compile(name: str, function: Any, signature: str) -> Any:
+    """Compile one entry point through Numba, or load it; ``.address`` is where it lies."""
+    kind = numba_signature(signature)
+    compiled = CFunc(
+        function, (kind.args, kind.return_type), locals={}, options={"error_model": "numpy"}
+    )
+    compiled._cache = KernelCache(name, compile_kernels)
+    compiled.compile()
+    return compiled
+
+
 @once
 def get_worker() -> Worker:
-    """Return the native worker ``(parameters, working memory) -> items done``."""
-    signature = (WORKER_SIGNATURE.args, WORKER_SIGNATURE.return_type)
-    compiled = CFunc(worker, signature, locals={}, options={"error_model": "numpy"})
-    compiled._cache = KernelCache()
-    compiled.compile()
+    """Return the native worker ``(parameters, working memory) -> status``."""
+    compiled = _compile("worker", worker, "ii>i")
     # ctypes lets go of the GIL for the length of the call.
-    prototype = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
-    native = prototype(compiled.address)
-    native.compiled = compiled  # type: ignore[attr-defined]  # keep the code in memory
+    native = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)(compiled.address)
+    native.compiled = compiled  # keeps the code in memory
     return native
+
+
+@once
+def get_rescue() -> dict[str, int]:
+    """Return the addresses of the functions of the rescue, compiled on first use."""
+    from fusedattn.cpu import rescue
+
+    for name, signature in RESCUE_SIGNATURES.items():
+        _rescue[name] = _compile(name, getattr(rescue, name), signature)
+    return {name: compiled.address for name, compiled in _rescue.items()}
+
+
+def known_rescue() -> dict[str, int]:
+    """Return what `get_rescue` returned, or nothing if it was not needed yet."""
+    return get_rescue() if _rescue else {}
 
 
 @once
@@ -81,7 +103,7 @@ def host_machine(cpu: str | None = None, features: str | None = None, triple: st
         features = config.CPU_FEATURES
         features = llvm.get_host_cpu_features().flatten() if features is None else features
     return llvm.Target.from_triple(triple).create_target_machine(
-        cpu=cpu, features=features or "", opt=3, reloc="static" if False else "default", jit=True
+        cpu=cpu, features=features or "", opt=3, jit=True
     )
 
 

@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import math
 
-from numba import from_dtype, types
-
 from fusedattn import masks
 from fusedattn.cpu.memory import (
     add_atomic,
@@ -30,42 +28,46 @@ from fusedattn.cpu.memory import (
     get_i64,
     get_real,
     get_u8,
-    njit,
+    kernel,
+    larger,
+    smaller,
     read_storage,
     set_i32,
     set_i64,
     set_real,
     set_u8,
-    view_as,
 )
 from fusedattn.cpu.micro import LOG2_E, SIGNATURES
-from fusedattn.cpu.params import PARAMS
-from fusedattn.cpu.rescue import exact_row, has_nan_value, mark_visible
+from fusedattn.cpu.params import params_at
 from fusedattn.cpu.simd import native
 
 # A counter at or above this value tells the workers to stop.
 STOP = 1 << 62
 
+NEEDS_RESCUE = 1
+
 # What a tile of the dense mask holds.
 NONE_SEEN, SOME_SEEN, ALL_SEEN = 0, 1, 2
 
 LN_2 = math.log(2.0)
-WORKER_SIGNATURE = types.int64(types.int64, types.int64)
 
-params_at = view_as(from_dtype(PARAMS))
-row_interval = njit(masks.row_interval)
+row_interval = kernel("iiiii>ii")(masks.row_interval)
+# The rescue is compiled when a row first needs it, and called by address like a micro-kernel.
+RESCUE_SIGNATURES = {"mark_visible": "iiiiiii>", "rescue": "iiii>i"}
+mark_visible, rescue = (native(signature) for signature in RESCUE_SIGNATURES.values())
 (
     scores, weights, accumulate, hide_outside, hide_masked, multiply, softcap, alibi, add, drop,
     pack, unpack, stage, copy, _,
 ) = (native(signature) for signature in SIGNATURES.values())  # fmt: skip
 
 
-@njit
-def fill_lanes(p, w, batch, head, row, count, panels):
+@kernel("iiiiiii>")
+def fill_lanes(params, w, batch, head, row, count, panels):
     """Write the lane tables for ``count`` rows from (head, row) on.
 
     Lanes past the last row repeat it: they compute what it computes and write the same.
     """
+    p = params_at(params)
     q = p.q + get_i64(p.q_offsets, batch)
     out = p.out + get_i64(p.out_offsets, batch)
     q_head, q_row = p.q_head, p.q_row
@@ -94,10 +96,10 @@ def fill_lanes(p, w, batch, head, row, count, panels):
         for _ in range(lanes):
             low, high = row_interval(row, k_from, k_to, used_q, used_k)
             if low < high:
-                first_low, last_high = min(first_low, low), max(last_high, high)
+                first_low, last_high = smaller(first_low, low), larger(last_high, high)
             else:
                 low = high = 0
-            last_low, first_high = max(last_low, low), min(first_high, high)
+            last_low, first_high = larger(last_low, low), smaller(first_high, high)
             set_i64(q_rows, lane, q + head * q_head + row * q_row)
             set_i64(out_rows, lane, out + head * out_head + row * out_row)
             set_i32(lows, lane, low)
@@ -121,12 +123,13 @@ def fill_lanes(p, w, batch, head, row, count, panels):
         set_i64(bounds, 4 * panel + 2, last_low)
         set_i64(bounds, 4 * panel + 3, first_high)
 
-@njit
-def load_mask(p, w, panel, first_key, n):
+@kernel("iiiii>ii")
+def load_mask(params, w, panel, first_key, n):
     """Transpose a tile of the dense mask to ``[key][lane]``; say what it holds.
 
     Returns the kind of tile and whether each key is seen by some row.
     """
+    p = params_at(params)
     tile_at, seen = w + p.at_mask_tile, w + p.at_seen
     rows, step, lanes = w + p.at_mask_rows, p.mask_key, p.lanes
     count = 0
@@ -150,9 +153,10 @@ def load_mask(p, w, panel, first_key, n):
         kind = ALL_SEEN
     return kind, keys_seen == n
 
-@njit
-def load_bias(p, w, panel, first_key, n):
+@kernel("iiiii>")
+def load_bias(params, w, panel, first_key, n):
     """Transpose a tile of the bias to ``[key][lane]`` in the accumulator type."""
+    p = params_at(params)
     tile_at, rows, lanes = w + p.at_bias_tile, w + p.at_bias_rows, p.lanes
     step, storage, size = p.bias_key, p.bias_storage, p.real_bytes
     for lane in range(lanes):
@@ -161,9 +165,10 @@ def load_bias(p, w, panel, first_key, n):
             set_real(tile_at, j * lanes + lane, size, read_storage(at + j * step, storage))
 
 
-@njit
-def natural_units(p, w, panel, first_key, n):
+@kernel("iiiii>")
+def natural_units(params, w, panel, first_key, n):
     """The passes over a tile of raw scores whose order the specification fixes."""
+    p = params_at(params)
     s = w + p.at_scores_tile
     multiply(p.run_multiply, s, n, p.scale)
     cap = p.softcap
@@ -174,24 +179,25 @@ def natural_units(p, w, panel, first_key, n):
         slope = w + p.at_slope + panel * p.lanes * p.real_bytes
         alibi(p.run_alibi, s, n, first_key, positions, slope)
     if p.bias:
-        load_bias(p, w, panel, first_key, n)
+        load_bias(params, w, panel, first_key, n)
         add(p.run_add, s, n, w + p.at_bias_tile)
 
-@njit
-def attend_tile(p, w, batch, panel, first_key, n, keys, k_stride, values, v_stride):
+@kernel("iiiiiiiiii>")
+def attend_tile(params, w, batch, panel, first_key, n, keys, k_stride, values, v_stride):
     """One tile of scores: ``n`` keys from ``first_key`` on against one panel of rows."""
+    p = params_at(params)
     s = w + p.at_scores_tile
     bounds = w + p.at_bounds
     mask_kind, each_key_seen = ALL_SEEN, True
     if p.mask:
-        mask_kind, each_key_seen = load_mask(p, w, panel, first_key, n)
+        mask_kind, each_key_seen = load_mask(params, w, panel, first_key, n)
         if mask_kind == NONE_SEEN:
             return
     head_dim, head_dim_v, row_bytes = p.head_dim, p.head_dim_v, p.lanes * p.real_bytes
     queries = w + p.at_queries + panel * head_dim * row_bytes
     scores(p.run_scores, keys, k_stride, n, queries, s, head_dim)
     if p.natural_units:
-        natural_units(p, w, panel, first_key, n)
+        natural_units(params, w, panel, first_key, n)
     at_lane = panel * p.lanes * 4
     last_low, first_high = get_i64(bounds, 4 * panel + 2), get_i64(bounds, 4 * panel + 3)
     if last_low > first_key or first_high < first_key + n:
@@ -216,26 +222,27 @@ def attend_tile(p, w, batch, panel, first_key, n, keys, k_stride, values, v_stri
     output = w + p.at_output + panel * head_dim_v * row_bytes
     accumulate(p.run_accumulate, values, v_stride, n, s, output, head_dim_v, alpha)
 
-@njit
+@kernel("ii>")
 def clear(address, size):
     """Zero a part of the working memory, whose size is a multiple of 8 bytes."""
     for i in range(size // 8):
         set_i64(address, i, 0)
 
 
-@njit
-def attend(p, w, batch, kv_head, panels, alone):
+@kernel("iiiiii>b")
+def attend(params, w, batch, kv_head, panels, alone):
     """Walk the key blocks of an item whose lane tables stand. False if told to stop.
 
     ``alone``: all lanes are one row, and keys hidden from it enter as zeros (see the rescue).
     """
+    p = params_at(params)
     head_dim, head_dim_v, lanes = p.head_dim, p.head_dim_v, p.lanes
     size, block_k = p.real_bytes, p.block_k
     bounds, counter = w + p.at_bounds, p.counter
     low, high = p.seqlen_k, 0
     for panel in range(panels):
-        low = min(low, get_i64(bounds, 4 * panel))
-        high = max(high, get_i64(bounds, 4 * panel + 1))
+        low = smaller(low, get_i64(bounds, 4 * panel))
+        high = larger(high, get_i64(bounds, 4 * panel + 1))
         table = w + p.at_q_rows + panel * lanes * 8
         queries = w + p.at_queries + panel * head_dim * lanes * size
         pack(p.run_pack, queries, table, p.q_dim, head_dim, p.query_sign)
@@ -259,11 +266,11 @@ def attend(p, w, batch, kv_head, panels, alone):
     while block < high:
         if get_atomic(counter) >= STOP:
             return False
-        begin, end = max(block, low), min(block + block_k, high)
+        begin, end = larger(block, low), smaller(block + block_k, high)
         keys, k_stride = k + begin * k_row, k_row
         values, v_stride = v + begin * v_row, v_row
         if alone:
-            mark_visible(p, w, batch, begin, end - begin, keep_k, keep_v)
+            mark_visible(p.run_mark_visible, params, w, batch, begin, end - begin, keep_k, keep_v)
         if stage_k:
             staged, k_stride = w + p.at_keys, p.keys_stride
             stage(p.run_stage, staged, k_stride, keys, k_row, k_dim, end - begin, head_dim, keep_k)
@@ -273,20 +280,22 @@ def attend(p, w, batch, kv_head, panels, alone):
             stage(p.run_stage, staged, v_stride, values, v_row, v_dim, end - begin, head_dim_v, keep_v)
             values = staged
         for panel in range(panels):
-            first = max(begin, get_i64(bounds, 4 * panel))
-            last = min(end, get_i64(bounds, 4 * panel + 1))
+            first = larger(begin, get_i64(bounds, 4 * panel))
+            last = smaller(end, get_i64(bounds, 4 * panel + 1))
             if first < last:
                 at_k, at_v = keys + (first - begin) * k_stride, values + (first - begin) * v_stride
-                attend_tile(p, w, batch, panel, first, last - first, at_k, k_stride, at_v, v_stride)
+                attend_tile(params, w, batch, panel, first, last - first, at_k, k_stride, at_v, v_stride)
         block += block_k
     return True
 
-@njit
-def finish(p, w, batch, count, panels):
+@kernel("iiiii>i")
+def finish(params, w, batch, count, panels):
     """Divide by the row sums and write the rows; return how many need another look.
 
-    Their (head, row) go to the list of bad rows. Ordinary rows pay one comparison.
+    They go to the list of bad rows: ``2 * (head * seqlen_q + row)``, plus 1 where nothing short of
+    the exact path can help. Ordinary rows pay one comparison.
     """
+    p = params_at(params)
     maxima, sums = w + p.at_row_max, w + p.at_row_sum
     factors, checks = w + p.at_factor, w + p.at_check
     rows, heads = w + p.at_row, w + p.at_head
@@ -307,7 +316,7 @@ def finish(p, w, batch, count, panels):
             total = factor = math.nan
         elif sink != -math.inf and total != 0.0:
             sink_log2 = sink * LOG2_E
-            common = max(shift, sink_log2)
+            common = shift if shift > sink_log2 else sink_log2
             rescale = 2.0 ** (shift - common)
             total = total * rescale + 2.0 ** (sink_log2 - common)
             factor, shift = keep_scale * rescale / total, common
@@ -334,27 +343,13 @@ def finish(p, w, batch, count, panels):
             bad += 1
     return bad
 
-@njit
-def rescue(p, w, batch, head, row):
-    """Compute one row again, alone: first as before, then exactly. False if told to stop.
+def worker(params, scratch):
+    """Take items until none are left.
 
-    A NaN or inf in a value that this row may not see, but a neighbour does, has met a weight
-    of 0. Entered as zeros, hidden keys leave the row the bits that a clean call would give it.
-    Whatever is still not finite goes through float64, rounded once.
+    Returns 0, or `NEEDS_RESCUE` if a row needs the rescue, which is not compiled yet.
     """
-    if has_nan_value(p, batch, head, row):
-        return True
-    fill_lanes(p, w, batch, head, row, 1, 1)
-    if not attend(p, w, batch, head // p.group_size, 1, 1):
-        return False
-    if finish(p, w, batch, 1, 1) > 0:
-        exact_row(p, w, batch, head, row)
-    return True
-
-def worker(parameters, scratch):
-    """Take items until none are left; return how many were finished."""
-    p = params_at(parameters)
-    done, counter, items = 0, p.counter, p.items
+    p = params_at(params)
+    counter, items = p.counter, p.items
     row_blocks, groups, lanes = p.row_blocks, p.head_groups, p.lanes
     heads, seqlen_q = p.heads_per_item, p.seqlen_q
     block = p.panels * lanes
@@ -364,20 +359,18 @@ def worker(parameters, scratch):
         row = (row_blocks - 1 - item % row_blocks) * block
         group = item // row_blocks
         batch, head = group // groups, group % groups * heads
-        count = min(block, heads * seqlen_q - row)
+        count = smaller(block, heads * seqlen_q - row)
         panels = (count + lanes - 1) // lanes
-        fill_lanes(p, scratch, batch, head + row // seqlen_q, row % seqlen_q, count, panels)
+        fill_lanes(params, scratch, batch, head + row // seqlen_q, row % seqlen_q, count, panels)
         kv_head = head // p.group_size
-        if not attend(p, scratch, batch, kv_head, panels, 0):
+        if not attend(params, scratch, batch, kv_head, panels, 0):
             break
-        bad = finish(p, scratch, batch, count, panels)
+        bad = finish(params, scratch, batch, count, panels)
+        if bad and not p.run_rescue:
+            return NEEDS_RESCUE
         for i in range(bad):
             entry = get_i64(scratch + p.at_bad, i)
-            head, row = entry // 2 // seqlen_q, entry // 2 % seqlen_q
-            if entry % 2:
-                exact_row(p, scratch, batch, head, row)
-            elif not rescue(p, scratch, batch, head, row):
+            if not rescue(p.run_rescue, params, scratch, batch, entry):
                 break
-        done += 1
         item = add_atomic(counter, 1)
-    return done
+    return 0

@@ -8,17 +8,51 @@ Storage types go by their code, so that one compilation serves them all.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numba
 from llvmlite import ir
+from numba import types
 
 from fusedattn.cpu.simd import DOUBLE, FLOAT, I8, I32, I64, Emitter, Writer, inlined
 from fusedattn.cpu.tile import STORAGE_BYTES
 
-# Kernels have no exceptions: a division by zero gives inf or NaN, as the arithmetic means it.
-njit = partial(numba.njit, error_model="numpy")
+# Functions of the macro loops with their signatures, each after those that it calls.
+KERNELS: list[tuple[Any, Any]] = []
+
+
+def kernel(signature: str) -> Callable[[Any], Any]:
+    """Return a decorator that enters a function into the native code of the worker.
+
+    ``signature`` is as in `fusedattn.cpu.simd.define`, with ``b`` for bool and ``ii`` for a pair
+    behind the ``>``. It is compiled for this signature alone, when the worker is: Numba would make
+    a copy of it for each literal argument.
+    """
+
+    def decorate(function: Any) -> Any:
+        # No exceptions: a division by zero gives inf or NaN, as the arithmetic means it.
+        compiled = numba.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+        dispatcher = compiled(function)
+        KERNELS.append((dispatcher, numba_signature(signature)))
+        return dispatcher
+
+    return decorate
+
+
+def numba_signature(signature: str) -> Any:
+    """Return the Numba signature of one in letters."""
+    kinds = {"i": types.int64, "f": types.float64, "b": types.boolean, "": types.void}
+    parameters, result = signature.split(">")
+    returned = kinds[result] if len(result) < 2 else types.UniTuple(types.int64, len(result))
+    return returned(*(kinds[letter] for letter in parameters))
+
+
+def compile_kernels() -> None:
+    """Compile the `kernel` functions seen so far, for their declared signatures and no others."""
+    while KERNELS:
+        dispatcher, signature = KERNELS.pop(0)
+        dispatcher.compile(signature.args)
+        dispatcher.disable_compile()
 
 STORAGE_CODE = {name: code for code, name in enumerate(STORAGE_BYTES)}
 
@@ -110,6 +144,18 @@ def _round_real(e: Emitter, value: ir.Value, size: ir.Value) -> ir.Value:
     return e.builder.select(e.builder.icmp_signed("==", size, I64(4)), single, value)
 
 
+def _smaller(e: Emitter, left: ir.Value, right: ir.Value) -> ir.Value:
+    return e.minimum(left, right)
+
+
+def _larger(e: Emitter, left: ir.Value, right: ir.Value) -> ir.Value:
+    return e.builder.select(e.builder.icmp_signed(">", left, right), left, right)
+
+
+# Of two integers; the built-ins cost a compilation for each pair of types.
+smaller = inlined("ii>i", _smaller)
+larger = inlined("ii>i", _larger)
+
 # Accumulator-type values (size 4 or 8 bytes) as float64.
 get_real = inlined("iii>f", _get_real)
 set_real = inlined("iiif>", _set_real)
@@ -141,6 +187,6 @@ def view_as(record: Any) -> Any:
         def codegen(context: Any, builder: Any, sig: Any, values: Any) -> Any:
             return builder.inttoptr(values[0], context.get_value_type(sig.return_type))
 
-        return record(numba.types.int64), codegen
+        return record(types.int64), codegen
 
     return view

@@ -11,9 +11,10 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from numba import from_dtype
 from numpy.typing import NDArray
 
-from fusedattn.cpu.memory import STORAGE_CODE
+from fusedattn.cpu.memory import STORAGE_CODE, view_as
 from fusedattn.cpu.micro import LOG2_E, SIGNATURES, UNSEEN
 from fusedattn.cpu.tile import Tile
 from fusedattn.problem import AttentionProblem
@@ -45,6 +46,8 @@ _SCRATCH = (
 
 _INTEGERS = [
     *(f"run_{name}" for name in SIGNATURES),  # addresses of the micro-kernels
+    "run_mark_visible",  # addresses of the rescue, 0 until it is compiled
+    "run_rescue",
     "counter",  # address of the atomic counter that hands out items
     "items",
     "panels",  # panels of a full item
@@ -92,6 +95,9 @@ _REALS = ["scale", "to_log2", "query_sign", "softcap", "keep_scale", "unseen"]
 
 PARAMS = np.dtype([(name, np.int64) for name in _INTEGERS] + [(name, np.float64) for name in _REALS])
 
+# In a kernel: the record at an address, its fields as attributes.
+params_at = view_as(from_dtype(PARAMS))
+
 
 class Lowered:
     """A record, the counter that its workers share, and the arrays whose addresses it holds."""
@@ -106,6 +112,11 @@ class Lowered:
     def address(self) -> int:
         """Address of the record."""
         return self.record.ctypes.data
+
+    def natives(self, addresses: dict[str, int]) -> None:
+        """Enter the addresses of native functions."""
+        for name, address in addresses.items():
+            self.record[f"run_{name}"] = address
 
     def table(self, name: str, values: NDArray[Any]) -> None:
         """Enter the address of an array that lives as long as this object."""
@@ -123,15 +134,12 @@ class Lowered:
 def lower(
     problem: AttentionProblem,
     tile: Tile,
-    micro: dict[str, int],
     out: NDArray[Any],
     lse: NDArray[Any] | None,
 ) -> Lowered:
-    """Write a problem into a record; ``micro`` holds the addresses of the tile's micro-kernels."""
+    """Write a problem into a record, all but the addresses of native functions."""
     lowered = Lowered()
     record = lowered.record
-    for name, address in micro.items():
-        record[f"run_{name}"] = address
     for name, array in (("q", problem.q), ("k", problem.k), ("v", problem.v), ("out", out)):
         lowered.operand(name, array)
     if problem.mask is not None:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import math
 
-from fusedattn import masks, philox
+from fusedattn import philox
+from fusedattn.cpu.forward import attend, fill_lanes, finish, row_interval
 from fusedattn.cpu.memory import (
     get_f64,
     get_i32,
     get_i64,
     get_u8,
-    njit,
+    kernel,
     read_storage,
     round_real,
     set_f64,
@@ -26,32 +27,36 @@ from fusedattn.cpu.memory import (
     write_storage,
 )
 from fusedattn.cpu.micro import SIGNATURES
+from fusedattn.cpu.params import params_at
 from fusedattn.cpu.simd import native
 
 # Sums of values near the largest float64 are kept this much smaller: 2**30 of them still fit.
 SHRINK = 2.0**-64
 
-row_interval, philox4x32 = njit(masks.row_interval), njit(philox.philox4x32)
+philox4x32 = kernel("iiiiii>iiii")(philox.philox4x32)
 dot = native(SIGNATURES["dot"])
 
 
-@njit
-def bias_at(p, row_address, key):
+@kernel("iii>f")
+def bias_at(params, row_address, key):
     """The bias of one entry, in the accumulator type."""
+    p = params_at(params)
     at = row_address + key * p.bias_key
     return round_real(read_storage(at, p.bias_storage), p.real_bytes)
 
 
-@njit
-def is_visible(p, mask_row, bias_row, key):
+@kernel("iiii>b")
+def is_visible(params, mask_row, bias_row, key):
     """Whether mask and bias show a key of the row's interval."""
+    p = params_at(params)
     if mask_row and get_u8(mask_row, key * p.mask_key) == 0:
         return False
-    return not (bias_row and bias_at(p, bias_row, key) == -math.inf)
+    return not (bias_row and bias_at(params, bias_row, key) == -math.inf)
 
-@njit
-def is_kept(p, batch, head, row, key):
+@kernel("iiiii>b")
+def is_kept(params, batch, head, row, key):
     """Whether dropout keeps the entry."""
+    p = params_at(params)
     if not p.dropout:
         return True
     seed = p.seed
@@ -60,9 +65,10 @@ def is_kept(p, batch, head, row, key):
     )
     return words[key % 4] >= p.threshold
 
-@njit
-def row_addresses(p, batch, head, row):
+@kernel("iiii>ii")
+def row_addresses(params, batch, head, row):
     """Addresses of the row's mask and bias, 0 without."""
+    p = params_at(params)
     mask, bias = p.mask, p.bias
     if mask:
         mask += get_i64(p.mask_offsets, batch)
@@ -72,9 +78,10 @@ def row_addresses(p, batch, head, row):
         bias += head * p.bias_head + row * p.bias_row
     return mask, bias
 
-@njit
-def key_interval(p, batch, row):
+@kernel("iii>ii")
+def key_interval(params, batch, row):
     """The keys that lengths, window and causality leave to the row."""
+    p = params_at(params)
     return row_interval(
         row,
         get_i64(p.k_from, batch),
@@ -83,21 +90,22 @@ def key_interval(p, batch, row):
         get_i64(p.seqused_k, batch),
     )
 
-@njit
-def mark_visible(p, w, batch, first_key, n, keep_k, keep_v):
+def mark_visible(params, w, batch, first_key, n, keep_k, keep_v):
     """Mark, for the row in lane 0, the keys it sees and the values it multiplies."""
+    p = params_at(params)
     row = get_i32(w + p.at_row, 0)
     head = get_i32(w + p.at_head, 0)
-    mask_row, bias_row = row_addresses(p, batch, head, row)
+    mask_row, bias_row = row_addresses(params, batch, head, row)
     for j in range(n):
-        seen = is_visible(p, mask_row, bias_row, first_key + j)
+        seen = is_visible(params, mask_row, bias_row, first_key + j)
         set_u8(keep_k, j, 1 if seen else 0)
-        kept = seen and is_kept(p, batch, head, row, first_key + j)
+        kept = seen and is_kept(params, batch, head, row, first_key + j)
         set_u8(keep_v, j, 1 if kept else 0)
 
-@njit
-def exact_score(p, q, k, bias_row, slope, position, key):
+@kernel("iiiifii>f")
+def exact_score(params, q, k, bias_row, slope, position, key):
     """The score of one visible key in natural units, in float64."""
+    p = params_at(params)
     score = p.scale * dot(p.run_dot, q, p.q_dim, k, p.k_dim, p.head_dim)
     softcap = p.softcap
     if softcap > 0.0:
@@ -105,35 +113,37 @@ def exact_score(p, q, k, bias_row, slope, position, key):
     if slope != 0.0:
         score -= slope * abs(position - key)
     if bias_row:
-        score += bias_at(p, bias_row, key)
+        score += bias_at(params, bias_row, key)
     return score
 
-@njit
-def has_nan_value(p, batch, head, row):
+@kernel("iiii>b")
+def has_nan_value(params, batch, head, row):
     """Whether the row multiplies a value that is NaN in every column, and so is rightly NaN."""
-    low, high = key_interval(p, batch, row)
+    p = params_at(params)
+    low, high = key_interval(params, batch, row)
     v = p.v + get_i64(p.v_offsets, batch)
     v += head // p.group_size * p.v_head
     columns, v_dim = p.head_dim_v, p.v_dim
-    mask_row, bias_row = row_addresses(p, batch, head, row)
+    mask_row, bias_row = row_addresses(params, batch, head, row)
     for key in range(low, high):
         at, d = v + key * p.v_row, 0
         while d < columns and math.isnan(read_storage(at + d * v_dim, p.storage)):
             d += 1
         if (
             d == columns
-            and is_visible(p, mask_row, bias_row, key)
-            and is_kept(p, batch, head, row, key)
+            and is_visible(params, mask_row, bias_row, key)
+            and is_kept(params, batch, head, row, key)
         ):
             return True
     return False
 
-@njit
-def exact_row(p, w, batch, head, row):
+@kernel("iiiii>")
+def exact_row(params, w, batch, head, row):
     """One row in float64, from the definition: maximum, weights, sum; rounded once."""
+    p = params_at(params)
     columns, v_dim = p.head_dim_v, p.v_dim
     used_q = get_i64(p.seqused_q, batch)
-    low, high = key_interval(p, batch, row)
+    low, high = key_interval(params, batch, row)
     q = p.q + get_i64(p.q_offsets, batch)
     q += head * p.q_head + row * p.q_row
     kv_head = head // p.group_size
@@ -142,7 +152,7 @@ def exact_row(p, w, batch, head, row):
     k += kv_head * p.k_head
     v += kv_head * p.v_head
     k_row, v_row = p.k_row, p.v_row
-    mask_row, bias_row = row_addresses(p, batch, head, row)
+    mask_row, bias_row = row_addresses(params, batch, head, row)
     slope, position = 0.0, row + get_i64(p.q_offset, batch)
     if p.slopes:
         slope = get_f64(p.slopes, batch * p.num_heads + head)
@@ -152,8 +162,8 @@ def exact_row(p, w, batch, head, row):
 
     largest, poisoned = sink, not sink < math.inf
     for key in range(low, high):
-        if is_visible(p, mask_row, bias_row, key):
-            score = exact_score(p, q, k + key * k_row, bias_row, slope, position, key)
+        if is_visible(params, mask_row, bias_row, key):
+            score = exact_score(params, q, k + key * k_row, bias_row, slope, position, key)
             if score > largest:
                 largest = score
             if score != score or score == math.inf:
@@ -170,18 +180,20 @@ def exact_row(p, w, batch, head, row):
     total = math.exp(sink - largest) if sink != -math.inf else 0.0
     if largest != -math.inf and not poisoned:
         for key in range(low, high):
-            if not is_visible(p, mask_row, bias_row, key):
+            if not is_visible(params, mask_row, bias_row, key):
                 continue
-            score = exact_score(p, q, k + key * k_row, bias_row, slope, position, key)
+            score = exact_score(params, q, k + key * k_row, bias_row, slope, position, key)
             weight = math.exp(score - largest)
             total += weight
-            if is_kept(p, batch, head, row, key):
+            if is_kept(params, batch, head, row, key):
                 for d in range(columns):
                     value = read_storage(v + key * v_row + d * v_dim, p.storage)
                     set_f64(sums, d, get_f64(sums, d) + weight * value)
                     set_f64(shrunk, d, get_f64(shrunk, d) + weight * (value * SHRINK))
-                    set_f64(smallest, d, min(get_f64(smallest, d), value))
-                    set_f64(greatest, d, max(get_f64(greatest, d), value))
+                    if value < get_f64(smallest, d):
+                        set_f64(smallest, d, value)
+                    if value > get_f64(greatest, d):
+                        set_f64(greatest, d, value)
 
     keep_scale = p.keep_scale
     out = p.out + get_i64(p.out_offsets, batch)
@@ -209,3 +221,24 @@ def exact_row(p, w, batch, head, row):
         elif total > 0.0 and largest != -math.inf:
             value = largest + math.log(total)
         set_real(p.lse, at, p.real_bytes, value)
+
+
+def rescue(params, w, batch, entry):
+    """Compute one bad row again, alone: first as before, then exactly. 0 if told to stop.
+
+    A NaN or inf in a value that this row may not see, but a neighbour does, has met a weight of 0.
+    Entered as zeros, hidden keys leave the row the bits that a clean call would give it. Whatever
+    is still not finite goes through float64 and is rounded once. ``entry`` is from `finish`.
+    """
+    p = params_at(params)
+    head, row = entry // 2 // p.seqlen_q, entry // 2 % p.seqlen_q
+    if entry % 2 == 0:
+        if has_nan_value(params, batch, head, row):
+            return 1
+        fill_lanes(params, w, batch, head, row, 1, 1)
+        if not attend(params, w, batch, head // p.group_size, 1, 1):
+            return 0
+        if finish(params, w, batch, 1, 1) == 0:
+            return 1
+    exact_row(params, w, batch, head, row)
+    return 1
