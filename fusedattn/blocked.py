@@ -136,10 +136,10 @@ def _query_block(
     row_sum = np.zeros(count, accumulator)
     acc = np.zeros((count, problem.head_dim_v), accumulator)
     if head.sink is not None:
-        # A sink is a key without a value. Rows past seqused_q have none.
+        # A sink is a key without a value. Rows past seqused_q have none, so a logit of -inf.
         active = np.arange(rows.start, rows.stop) < head.keys.seqused_q
         row_max = np.where(active, head.sink, row_max)
-        row_sum = np.where(row_max == -np.inf, row_sum, accumulator.type(1))
+        row_sum = np.ones(count, accumulator)
 
     # Blocks that no row sees are not visited at all. Blocks start at multiples of block_k of the
     # absolute key index, so that the same keys meet in a block however the queries are cut.

@@ -93,6 +93,15 @@ def test_bad_numbers_appear_just_where_the_specification_has_them():
             np.testing.assert_array_equal(np.isfinite(ours), np.isfinite(theirs))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_values_at_the_largest_number_keep_their_mean(dtype, sign):
+    q, k, _ = operands(dtype, seqlen_q=40, seqlen_k=50)
+    largest = sign * np.finfo(dtype).max
+    out, _ = run(q, k, np.full((2, 50, 3), largest, dtype))
+    np.testing.assert_allclose(out / largest, 1.0, rtol=4 * np.finfo(dtype).eps)
+
+
 def test_dropout_draws_the_words_of_the_specification():
     q, k = np.zeros((2, 3, 9, 4)), np.zeros((2, 3, 13, 4))
     v = np.broadcast_to(np.eye(13), (2, 3, 13, 13))

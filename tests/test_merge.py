@@ -96,6 +96,14 @@ def test_the_mean_of_finite_parts_stays_among_them(fractions, data):
     assert min(fractions) - slack <= out[0, 0, 0] / largest <= max(fractions) + slack
 
 
+def test_parts_at_the_largest_number_keep_their_mean():
+    # In half of the rows the shares add up to just above 1, and their plain sum would be inf.
+    lses = np.random.default_rng(2).standard_normal((7, 1, 100))
+    largest = np.finfo(np.float64).max
+    out, _ = merge(*((np.full((1, 100, 1), largest), lse) for lse in lses))
+    np.testing.assert_allclose(out / largest, 1.0, rtol=1e-14)
+
+
 def test_a_nan_stays_in_its_row_however_little_it_weighs():
     out = np.ones((1, 2, 1))
     broken = out.copy()

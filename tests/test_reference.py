@@ -302,6 +302,19 @@ def test_a_nan_bias_under_a_mask_does_not_matter():
     np.testing.assert_array_equal(hidden.out, plain.out)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_bias_of_minus_inf_hides_as_the_mask_does(bad):
+    mask, q, k, v = hidden_and_seen()
+    k[0, 3:] = bad
+    v[0, 3:] = bad
+    bias = np.where(mask, 0.0, -np.inf)
+    by_bias = reference.forward(make_problem(q, k, v, bias=bias, return_lse=True))
+    by_mask = reference.forward(make_problem(q, k, v, mask=mask, return_lse=True))
+    np.testing.assert_array_equal(by_bias.out, by_mask.out)
+    np.testing.assert_array_equal(by_bias.lse, by_mask.lse)
+    assert np.isfinite(by_bias.out[0, :3]).all()
+
+
 def test_scores_of_minus_inf_weigh_nothing_and_plus_inf_is_nan():
     q, k, v = np.array([[[1.0]]]), np.array([[[-np.inf], [0.5]]]), np.array([[[3.0], [4.0]]])
     out, lse = reference.forward(make_problem(q, k, v, return_lse=True))
