@@ -351,7 +351,7 @@ def warmup(*, dtypes: Sequence[DTypeLike] = ("float32",)) -> None:
             raise TypeError(f"dtypes must hold {checks.FLOAT_NAMES}, but holds {dtype}")
     from fusedattn.cpu import backend
 
-    backend.warmup(wanted)
+    backend.warmup([dtype.name for dtype in wanted])
 
 
 def set_num_threads(n: int) -> None:
