@@ -137,3 +137,25 @@ def _row_block(
         input_size=abs_q.sum(-1)[..., None] + abs_k.sum(-2)[..., None, :],
         sink=np.where(live, sink[:, None], -np.inf),
     )
+
+
+def attended(problem: AttentionProblem) -> Bool:
+    """Which keys each row attends, ``(*batch, heads, seqlen_q, seqlen_k)``."""
+    seen = np.zeros((*problem.lse_shape, problem.seqlen_k), np.bool_)
+    everything = slice(0, problem.seqlen_q)
+    for batch, index in enumerate(np.ndindex(*problem.batch_shape)):
+        seen[index] = visible(problem, batch, everything)
+    if problem.mask is not None:
+        seen &= problem.mask
+    if problem.bias is not None:
+        with np.errstate(over="ignore"):
+            seen &= problem.bias.astype(problem.accumulator) != -np.inf
+    return seen
+
+
+def unseen_keys(problem: AttentionProblem) -> Bool:
+    """Which keys no row of any head sees, ``(*batch, heads_kv, seqlen_k)``."""
+    seen = attended(problem).any(-2)
+    groups = (*problem.batch_shape, problem.num_heads_kv, problem.group_size, problem.seqlen_k)
+    unseen: Bool = ~seen.reshape(groups).any(-2)
+    return unseen

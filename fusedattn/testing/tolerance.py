@@ -159,7 +159,7 @@ def forward_budget(
     with np.errstate(all="ignore"):
         for block in row_blocks(problem):
             kept = None if keep is None else keep[block.place]
-            weights = _Weights(problem, block, block_k)
+            weights = Weights(problem, block, block_k)
             lse[block.place] = weights.lse_budget()
             out[block.place] = _out_budget(
                 problem, block, weights, kept, out_dtype, rounds_weights_to
@@ -175,10 +175,12 @@ def kept_places(problem: AttentionProblem) -> Bool | None:
     return reference.keep_mask(shape, problem.dropout_p, problem.seed)
 
 
-class _Weights:
+class Weights:
     """Softmax of one block of rows with the error bounds of its exponents."""
 
-    def __init__(self, problem: AttentionProblem, block: RowBlock, block_k: int | None) -> None:
+    def __init__(
+        self, problem: AttentionProblem, block: RowBlock, block_k: int | None = None
+    ) -> None:
         self.u = u = working_roundoff(problem)
         self.tiny = smallest_normal(problem.accumulator)
         self.count: NDArray[np.int64] = block.attended.sum(-1)
@@ -210,7 +212,9 @@ class _Weights:
     def lse_budget(self) -> Float64:
         """Bound of the error of each row's lse."""
         error, sink_error = self.exponent + self.chain, self.sink_exponent + self.sink_chain
-        change = _change(self.log_w, error).sum(-1) + _change(self.sink_log_w, sink_error)
+        change = change_of_weight(self.log_w, error).sum(-1) + change_of_weight(
+            self.sink_log_w, sink_error
+        )
         moved = np.log1p(change)
         widest = np.maximum(self.exponent.max(-1, initial=0.0), self.sink_exponent)
         moved = np.where(widest < _EXP_LIMIT, moved, np.maximum(moved, widest))
@@ -259,23 +263,29 @@ def _larger(logits: Float64) -> NDArray[np.int64]:
     return rank
 
 
-def logit_error(problem: AttentionProblem, block: RowBlock) -> Float64:
-    """Bound of the error of each logit before the maximum is subtracted."""
+def capped_error(problem: AttentionProblem, block: RowBlock) -> Float64:
+    """Bound of the error of each scaled product, after softcap."""
     u, tiny = working_roundoff(problem), smallest_normal(problem.accumulator)
     underflow = tiny * max(1.0, abs(problem.scale)) * (problem.head_dim + block.input_size)
     error: Float64 = u * (problem.head_dim + 4) * block.dot_size + underflow
-    size, cap = block.dot_size, problem.softcap
-    if cap is not None:
-        above = cap * np.tanh((block.raw + error) / cap) - block.capped
-        below = block.capped - cap * np.tanh((block.raw - error) / cap)
-        size = np.abs(block.capped)
-        error = np.maximum(above, below) + 5 * u * size
+    cap = problem.softcap
+    if cap is None:
+        return error
+    above = cap * np.tanh((block.raw + error) / cap) - block.capped
+    below = block.capped - cap * np.tanh((block.raw - error) / cap)
+    return np.maximum(above, below) + 5 * u * np.abs(block.capped)
+
+
+def logit_error(problem: AttentionProblem, block: RowBlock) -> Float64:
+    """Bound of the error of each logit before the maximum is subtracted."""
+    error, cap = capped_error(problem, block), problem.softcap
     if problem.bias is not None or problem.alibi_slopes is not None or cap is not None:
-        error = error + 6 * u * (size + block.added_size)
+        size = block.dot_size if cap is None else np.abs(block.capped)
+        error = error + 6 * working_roundoff(problem) * (size + block.added_size)
     return error
 
 
-def _change(log_w: Float64, error: Float64) -> Float64:
+def change_of_weight(log_w: Float64, error: Float64) -> Float64:
     """``w * expm1(error)``, also where ``w`` underflows and the error is huge."""
     w = np.exp(log_w)
     large = np.exp(np.minimum(log_w + error, _EXP_LIMIT)) - w
@@ -285,7 +295,7 @@ def _change(log_w: Float64, error: Float64) -> Float64:
 def _out_budget(
     problem: AttentionProblem,
     block: RowBlock,
-    weights: _Weights,
+    weights: Weights,
     kept: NDArray[np.bool_] | None,
     out_dtype: np.dtype[Any],
     rounds_weights_to: Any,
@@ -323,10 +333,10 @@ def _out_budget(
     return np.where(exact, 0.0, bound)
 
 
-def _moved_means(weights: _Weights, v: Float64, out: Float64, kept: Bool | None) -> Float64:
+def _moved_means(weights: Weights, v: Float64, out: Float64, kept: Bool | None) -> Float64:
     """Sum ``w_j expm1(e_j) |c_j v_j - out|``: how far errors of the exponents move the mean."""
-    change = _change(weights.log_w, weights.exponent)
-    sink = _change(weights.sink_log_w, weights.sink_exponent)[..., None] * np.abs(out)
+    change = change_of_weight(weights.log_w, weights.exponent)
+    sink = change_of_weight(weights.sink_log_w, weights.sink_exponent)[..., None] * np.abs(out)
     dropped = 0.0
     if kept is not None:
         dropped = (change * ~kept).sum(-1)[..., None] * np.abs(out)
@@ -375,7 +385,7 @@ def merge_budget(
         log_w = lse - safe_total
         sizes = np.where(present, np.abs(lse), 0.0) + np.abs(shift) + 1
         exponent = np.where(present, lse_error + u * (2 * sizes + 7 * len(parts) + 4), 0.0)
-        change, w = _change(log_w, exponent), np.exp(log_w)
+        change, w = change_of_weight(log_w, exponent), np.exp(log_w)
         ref = np.abs((w[..., None] * out).sum(0))
         moved = (change[..., None] * np.abs(out)).sum(0) + ref * change.sum(0)[..., None]
         moved = moved + ((w + change)[..., None] * out_error).sum(0)

@@ -1,0 +1,235 @@
+"""Laws about what a call may depend on, and what it may touch."""
+
+from __future__ import annotations
+
+import dataclasses
+import mmap
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from fusedattn.testing.buffers import PLACEMENTS
+from fusedattn.testing.cases import Answer, Case
+from fusedattn.testing.kernel import Kernel
+from fusedattn.testing.laws.common import (
+    Array,
+    assert_equals_reference,
+    assert_same,
+    assert_same_bits,
+    replaced,
+    take_item,
+)
+from fusedattn.testing.roundoff import largest
+from fusedattn.testing.rows import attended, unseen_keys
+
+# Python names this flag of Linux from 3.13 on.
+_NORESERVE = 0x4000
+
+
+def unseen_keys_do_not_matter(kernel: Kernel, case: Case) -> None:
+    """Keys that no query may see hold anything, NaN and infinities too; so do unused queries.
+
+    Needs ``unseen_nan``. If this does not hold, the unused end of a cache must be cleared on every
+    step, and one NaN in a padding token reaches the loss.
+    """
+    case = _hide_keys(case, kernel)
+    problem, rng = case.problem, case.rng
+    unseen = unseen_keys(problem)[..., None]
+    junk = rng.choice([np.nan, np.inf, -np.inf, largest(case.q.dtype)])
+    used = problem.seqused_q.reshape(*problem.batch_shape, 1, 1)
+    unused = (np.arange(problem.seqlen_q) >= used)[..., None]
+    values = {"k": (unseen, junk), "v": (unseen, junk), "q": (unused, junk)}
+    dirty = replaced(case, values)
+    assert_same(kernel, kernel(dirty), kernel(case), case)
+
+
+def _hide_keys(case: Case, kernel: Kernel) -> Case:
+    """Hide some keys from every row, if none are hidden yet."""
+    problem = case.problem
+    if unseen_keys(problem).any() or problem.seqlen_k == 0:
+        return case
+    if kernel.can("seqused_k") and "seqused_k" not in case.keywords:
+        return case.change(seqused_k=int(case.rng.integers(0, problem.seqlen_k)))
+    if kernel.can("mask"):
+        columns = case.rng.random((1, problem.seqlen_k)) < 0.6
+        return case.change(mask=columns)
+    return case
+
+
+def hidden_keys_do_not_leak(kernel: Kernel, case: Case) -> None:
+    """A key hidden from one row and seen by another does not leak into the first, whatever it is.
+
+    A NaN bias on a hidden key does not matter either. Needs ``hidden_nan``. If this does not hold,
+    a single NaN in a document spoils its neighbours in the packed batch: ``0 * NaN`` is NaN.
+    """
+    problem, rng = case.problem, case.rng
+    seen = attended(problem)
+    if seen.size == 0:
+        return
+    key = int(rng.integers(problem.seqlen_k))
+    chosen = np.arange(problem.seqlen_k)[:, None] == key
+    junk = rng.choice([np.nan, np.inf, -np.inf, largest(case.q.dtype)])
+    values: dict[str, Any] = {"v": (chosen, junk)}
+    if rng.random() < 0.6:
+        values["k"] = (chosen, junk)
+    if "bias" in case.keywords and problem.mask is not None:
+        values["bias"] = (~problem.mask & ~np.isneginf(problem.bias), np.nan)
+    dirty = replaced(case, values)
+    clean = ~seen[..., key]
+    assert_same(kernel, kernel(dirty), kernel(case), case, clean)
+
+
+def batch_items_are_independent(kernel: Kernel, case: Case) -> None:
+    """A batch item depends on neither its neighbours nor its place among them.
+
+    To the bit where declared. Domain: no dropout, whose counters name the item. If this does not
+    hold, answers change with the load of a server.
+    """
+    problem, rng = case.problem, case.rng
+    if problem.batch_size == 0:
+        return
+    whole = kernel(case)
+    shape = problem.batch_shape
+    index = tuple(int(i) for i in np.unravel_index(int(rng.integers(problem.batch_size)), shape))
+    alone = take_item(case, index)
+    one = kernel(alone)
+    item = Answer(whole.out[index][None], None if whole.lse is None else whole.lse[index][None])
+    assert_same(kernel, one, item, alone)
+
+
+def same_call_same_bits(kernel: Kernel, case: Case) -> None:
+    """The same call gives the same bits, also after other calls, and never writes to old results.
+
+    If this does not hold, something races, is left over from an earlier call, or is returned from a
+    buffer that the next call uses again.
+    """
+    first = kernel(case)
+    other = case.change(q=case.q[..., ::-1].copy(), v=-case.v)
+    kernel(other)
+    for _ in range(3):
+        again = kernel(case)
+        assert_same_bits(again.out, first.out, "out of the same call")
+        if first.lse is not None and again.lse is not None:
+            assert_same_bits(again.lse, first.lse, "lse of the same call")
+    _results_are_kept(kernel, case, other)
+
+
+def _results_are_kept(kernel: Kernel, case: Case, other: Case) -> None:
+    seen: list[Array] = []
+
+    def remember(*arguments: Any, **keywords: Any) -> Any:
+        result = kernel.fn(*arguments, **keywords)
+        for array in result if isinstance(result, tuple) else (result,):
+            if isinstance(array, np.ndarray):
+                seen.append(array)
+        return result
+
+    spy = dataclasses.replace(kernel, fn=remember)
+    spy(case)
+    kept = [(array, array.tobytes()) for array in seen]
+    if "out" in case.placement:
+        return
+    spy(other)
+    for array, before in kept:
+        assert array.tobytes() == before, "a later call has overwritten this call's result"
+
+
+def memory_layout_does_not_matter(kernel: Kernel, case: Case) -> None:
+    """Strides and layout change nothing: to the bit where declared.
+
+    Every argument is laid out anew: rows apart, axes swapped, reversed, every other element. If
+    this does not hold, a transposed view gives another answer than its copy.
+    """
+    rng = case.rng
+    plain = case.change(placement={}).without("layout", "out")
+    names = ["q", "k", "v", *(n for n in ("mask", "bias") if n in case.keywords)]
+    placement: dict[str, str] = {}
+    if kernel.can("strides"):
+        placement = {name: str(rng.choice(PLACEMENTS[:7])) for name in names}
+    if kernel.can("out"):
+        placement["out"] = str(rng.choice(PLACEMENTS[:7])) if kernel.can("strides") else "plain"
+    moved = plain.change(placement=placement)
+    if kernel.can("layout") and rng.random() < 0.5:
+        moved = moved.change(layout="bshd")
+    assert_same(kernel, kernel(moved), kernel(plain), plain)
+
+
+def memory_outside_is_not_read(kernel: Kernel, case: Case) -> None:
+    """Memory before and after each array may hold NaN.
+
+    Lengths and head dims stand around the edges of blocks, where the last tile is only partly
+    filled. If this does not hold, a vector load runs past the end of the caller's array.
+    """
+    plain = case.change(placement={})
+    assert_equals_reference(kernel(plain), plain)
+
+
+def only_out_is_written(kernel: Kernel, case: Case) -> None:
+    """A call writes to every element of `out` and to nothing else.
+
+    `out` starts as NaN and lies between guards; inputs are compared byte by byte after each call.
+    If this does not hold, a row without keys keeps what was in the buffer, or a tail is stored past
+    its end.
+    """
+    if "out" not in case.placement:
+        case = case.change(placement={**case.placement, "out": "plain"})
+    assert_equals_reference(kernel(case), case)
+
+
+def threads_do_not_matter(kernel: Kernel, case: Case) -> None:
+    """The number of threads changes nothing, to the bit where declared.
+
+    Needs ``set_threads``. If this does not hold, a result depends on the machine it was made on.
+    """
+    assert kernel.set_threads is not None
+    answers = []
+    try:
+        for count in (1, 2, 3):
+            kernel.set_threads(count)
+            answers.append(kernel(case))
+    finally:
+        kernel.set_threads(1)
+    for answer in answers[1:]:
+        assert_same(kernel, answer, answers[0], case)
+
+
+def concurrent_calls_do_not_mix(kernel: Kernel, case: Case) -> None:
+    """Calls from several threads at once give what they give one after the other.
+
+    If this does not hold, calls share a buffer.
+    """
+    cases = [case, case.change(v=-case.v), case.change(q=-case.q), case]
+    alone = [kernel(one) for one in cases]
+    with ThreadPoolExecutor(len(cases)) as pool:
+        together = list(pool.map(kernel, cases))
+    for one, first, second in zip(cases, alone, together, strict=True):
+        assert_same(kernel, second, first, one, bitwise=kernel.deterministic)
+
+
+def far_memory_is_reached(kernel: Kernel, case: Case) -> None:
+    """Batch items may lie further apart than 2**31 elements.
+
+    Only the touched pages of such an array exist. If this does not hold, an offset was computed in
+    32 bits and wraps around.
+    """
+    items = case.k.shape[0]
+    apart = (2**31 + 64) * case.k.itemsize
+    size = apart * (items - 1) + case.k[0].nbytes
+    if sys.platform != "linux":
+        return
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
+    except OSError:
+        return  # the address space is limited here
+    far = np.ndarray(
+        case.k.shape, case.k.dtype, buffer=memory, strides=(apart, *case.k.strides[1:])
+    )
+    far[...] = case.k
+    keywords = {k: v for k, v in case.keywords.items() if k != "layout"}
+    result = kernel.fn(case.q.copy(), far, case.v.copy(), **keywords)
+    near = kernel(case)
+    out = result[0] if isinstance(result, tuple) else result
+    del result
+    assert_same(kernel, Answer(np.array(out), None), Answer(near.out, None), case)
