@@ -168,6 +168,13 @@ class AttentionProblem:
                 total += math.prod(stored) * array.itemsize if array.size else 0
         return total
 
+    def empty_out(self) -> Array:
+        """Memory for the output: canonical axis order, contiguous in the caller's layout."""
+        if self.layout == "bhsd":
+            return np.empty(self.out_shape, self.out_dtype)
+        *leading, heads, rows, dim = self.out_shape
+        return np.empty((*leading, rows, heads, dim), self.out_dtype).swapaxes(-3, -2)
+
     def restore(self, array: Array) -> Array:
         """View a canonical array with heads and sequence axes in the caller's layout."""
         return array.swapaxes(-3, -2) if self.layout == "bshd" else array

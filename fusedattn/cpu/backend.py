@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from fusedattn.cpu import threads
 from fusedattn.cpu.compile import get_micro, get_rescue, get_worker, known_rescue
 from fusedattn.cpu.forward import NEEDS_RESCUE, STOP
-from fusedattn.cpu.params import STORAGE_NAME, Lowered, lower
-from fusedattn.cpu.tile import tile_for
+from fusedattn.cpu.params import STORAGE_NAME, Bound, Template
+from fusedattn.cpu.tile import host_isa, tile_for
 from fusedattn.problem import AttentionProblem, Result
 
 # Below this much work waking a thread costs more than it saves.
@@ -34,6 +34,59 @@ def _working_memory(size: int) -> int:
     return address
 
 
+class Prepared:
+    """A kernel with all it needs to know, for any number of calls that differ in addresses only."""
+
+    __slots__ = ("_template", "_threads_worth", "_long")
+
+    def __init__(self, problem: AttentionProblem) -> None:
+        tile = tile_for(STORAGE_NAME[problem.dtype], STORAGE_NAME[problem.out_dtype])
+        self._template = Template(problem, tile, get_micro(tile).addresses)
+        flops = problem.flops
+        self._threads_worth = 1 if flops < ALONE_FLOPS else self._template.items
+        self._long = flops >= LONG_FLOPS
+
+    def run(
+        self,
+        operands: tuple[NDArray[Any] | None, ...],
+        slopes: NDArray[Any] | None,
+        sinks: NDArray[Any] | None,
+    ) -> None:
+        """Compute into out and lse: operands are ``(q, k, v, out, lse, mask, bias)``."""
+        template = self._template
+        if template.items == 0:
+            return
+        bound = template.bind(operands, slopes, sinks)
+        rescue = known_rescue()
+        if rescue is not None:
+            bound.enter_rescue(rescue)
+        if self._execute(bound):  # the first row ever that needs it: compile it and start over
+            bound.enter_rescue(get_rescue())
+            bound.set_counter(0)
+            self._execute(bound)
+
+    def _execute(self, bound: Bound) -> bool:
+        """Run all items; return whether the rescue is missing."""
+        worker, scratch_bytes = get_worker(), self._template.scratch_bytes
+        count = self._threads_worth
+        if count > 1:
+            count = min(count, threads.get_num_threads())
+        if count == 1 and not self._long:
+            return worker(bound.address, _working_memory(scratch_bytes)) == NEEDS_RESCUE
+        missing: list[bool] = []
+
+        def work() -> None:
+            if worker(bound.address, _working_memory(scratch_bytes)) == NEEDS_RESCUE:
+                missing.append(True)
+                stop()
+
+        def stop() -> None:
+            bound.set_counter(STOP)
+
+        threads.run(work, stop, count, join_in=not self._long)
+        return bool(missing)
+
+
 class Cpu:
     """Fused kernels on the CPU."""
 
@@ -44,49 +97,30 @@ class Cpu:
         del problem
         return []
 
+    def describe(self, problem: AttentionProblem) -> list[str]:
+        """Say which kernel would run, for `fusedattn.explain`."""
+        tile, isa = tile_for(STORAGE_NAME[problem.dtype], STORAGE_NAME[problem.out_dtype]), host_isa()
+        panels = tile.panels(problem.head_dim, problem.head_dim_v)
+        return [
+            f"{isa.name}, {tile.vectors} x {tile.width} lanes hold queries, {tile.rows} keys in "
+            f"registers; {panels * tile.lanes} rows x {tile.block_k} keys per block; "
+            f"up to {threads.get_num_threads()} threads"
+        ]
+
+    def prepare(self, problem: AttentionProblem) -> Prepared:
+        """Return what runs this problem, and every other that differs in addresses only."""
+        return Prepared(problem)
+
     def forward(self, problem: AttentionProblem) -> Result:
         """Compute ``out`` and, where asked for, ``lse``."""
-        out = problem.out if problem.out is not None else _empty_out(problem)
+        out = problem.out if problem.out is not None else problem.empty_out()
         lse = np.empty(problem.lse_shape, problem.accumulator) if problem.return_lse else None
-        tile = tile_for(STORAGE_NAME[problem.dtype], STORAGE_NAME[problem.out_dtype])
-        if out.size:
-            lowered = lower(problem, tile, out, lse)
-            lowered.natives(get_micro(tile).addresses | known_rescue())
-            _run(lowered, problem.flops)
+        operands = (problem.q, problem.k, problem.v, out, lse, problem.mask, problem.bias)
+        self.prepare(problem).run(operands, problem.alibi_slopes, problem.sinks)
         return Result(out, lse)
 
 
 CPU = Cpu()
-
-
-def _empty_out(problem: AttentionProblem) -> NDArray[Any]:
-    """Fresh output, contiguous in the caller's axis order."""
-    *leading, heads, rows, dim = problem.out_shape
-    if problem.layout == "bhsd":
-        return np.empty(problem.out_shape, problem.out_dtype)
-    return np.empty((*leading, rows, heads, dim), problem.out_dtype).swapaxes(-3, -2)
-
-
-def _run(lowered: Lowered, flops: int) -> None:
-    worker, address = get_worker(), lowered.address
-    scratch_bytes, items = int(lowered.record["scratch_bytes"]), int(lowered.record["items"])
-
-    needs_rescue: list[bool] = []
-
-    def work() -> None:
-        if worker(address, _working_memory(scratch_bytes)) == NEEDS_RESCUE:
-            needs_rescue.append(True)
-            stop()
-
-    def stop() -> None:
-        lowered.counter[0] = STOP
-
-    count = 1 if flops < ALONE_FLOPS else min(threads.get_num_threads(), items)
-    threads.run(work, stop, count, join_in=flops < LONG_FLOPS)
-    if needs_rescue:  # the first time ever: compile it and start over
-        lowered.natives(get_rescue())
-        lowered.counter[0] = 0
-        threads.run(work, stop, count, join_in=flops < LONG_FLOPS)
 
 
 def warmup(dtypes: Iterable[str] = ("float32",)) -> None:

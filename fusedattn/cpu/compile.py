@@ -25,7 +25,7 @@ from fusedattn.cpu.tile import Tile
 Worker = Callable[[int, int], int]
 
 _lock = threading.RLock()
-_rescue: dict[str, Any] = {}
+_rescue: list[Any] = []
 
 class Micro(NamedTuple):
     """The micro-kernels of a tile shape: addresses by name, and what keeps them in memory."""
@@ -68,18 +68,18 @@ def get_worker() -> Worker:
 
 
 @once
-def get_rescue() -> dict[str, int]:
-    """Return the addresses of the functions of the rescue, compiled on first use."""
+def get_rescue() -> tuple[int, ...]:
+    """Return the addresses of `mark_visible` and `rescue`, compiled on first use."""
     from fusedattn.cpu import rescue
 
     for name, signature in RESCUE_SIGNATURES.items():
-        _rescue[name] = _compile(name, getattr(rescue, name), signature)
-    return {name: compiled.address for name, compiled in _rescue.items()}
+        _rescue.append(_compile(name, getattr(rescue, name), signature))
+    return tuple(compiled.address for compiled in _rescue)
 
 
-def known_rescue() -> dict[str, int]:
-    """Return what `get_rescue` returned, or nothing if it was not needed yet."""
-    return get_rescue() if _rescue else {}
+def known_rescue() -> tuple[int, ...] | None:
+    """Return what `get_rescue` returned, or None if it was not needed yet."""
+    return get_rescue() if _rescue else None
 
 
 @once

@@ -38,7 +38,7 @@ from fusedattn.cpu.memory import (
     set_u8,
 )
 from fusedattn.cpu.micro import LOG2_E, SIGNATURES
-from fusedattn.cpu.params import params_at
+from fusedattn.cpu.params import PARAMS, params_at
 from fusedattn.cpu.simd import native
 
 # A counter at or above this value tells the workers to stop.
@@ -48,6 +48,9 @@ NEEDS_RESCUE = 1
 
 # What a tile of the dense mask holds.
 NONE_SEEN, SOME_SEEN, ALL_SEEN = 0, 1, 2
+
+# Where the counter lies in the record.
+COUNTER = PARAMS.fields["counter"][1]
 
 LN_2 = math.log(2.0)
 
@@ -238,7 +241,7 @@ def attend(params, w, batch, kv_head, panels, alone):
     p = params_at(params)
     head_dim, head_dim_v, lanes = p.head_dim, p.head_dim_v, p.lanes
     size, block_k = p.real_bytes, p.block_k
-    bounds, counter = w + p.at_bounds, p.counter
+    bounds, counter = w + p.at_bounds, params + COUNTER
     low, high = p.seqlen_k, 0
     for panel in range(panels):
         low = smaller(low, get_i64(bounds, 4 * panel))
@@ -349,7 +352,7 @@ def worker(params, scratch):
     Returns 0, or `NEEDS_RESCUE` if a row needs the rescue, which is not compiled yet.
     """
     p = params_at(params)
-    counter, items = p.counter, p.items
+    counter, items = params + COUNTER, p.items
     row_blocks, groups, lanes = p.row_blocks, p.head_groups, p.lanes
     heads, seqlen_q = p.heads_per_item, p.seqlen_q
     block = p.panels * lanes

@@ -7,6 +7,7 @@ the ``*_offsets`` tables, so any leading axes with any strides will do.
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import ml_dtypes
@@ -48,7 +49,7 @@ _INTEGERS = [
     *(f"run_{name}" for name in SIGNATURES),  # addresses of the micro-kernels
     "run_mark_visible",  # addresses of the rescue, 0 until it is compiled
     "run_rescue",
-    "counter",  # address of the atomic counter that hands out items
+    "counter",  # the atomic counter that hands out items, itself
     "items",
     "panels",  # panels of a full item
     "heads_per_item",  # query heads of one KV group that share the lanes of an item
@@ -99,81 +100,120 @@ PARAMS = np.dtype([(name, np.int64) for name in _INTEGERS] + [(name, np.float64)
 params_at = view_as(from_dtype(PARAMS))
 
 
-class Lowered:
-    """A record, the counter that its workers share, and the arrays whose addresses it holds."""
+_INDEX = {name: index for index, name in enumerate(_INTEGERS + _REALS)}
+_WORDS = ctypes.c_int64 * len(_INDEX)
+_ADDRESSES = tuple(_INDEX[name] for name in ("q", "k", "v", "out", "lse", "mask", "bias"))
+_SLOPES, _SINKS = _INDEX["slopes"], _INDEX["sinks"]
+_RESCUE = (_INDEX["run_mark_visible"], _INDEX["run_rescue"])
+_COUNTER = _INDEX["counter"]
 
-    def __init__(self) -> None:
+
+def address_of(array: NDArray[Any] | None) -> int:
+    """Return the address of an array's first element, 0 for None."""
+    return 0 if array is None else array.__array_interface__["data"][0]
+
+
+class Bound:
+    """The record of one call, and the arrays that it points to."""
+
+    def __init__(self, words: Any, keep_alive: tuple[Any, ...]) -> None:
+        self.words = words
+        self.keep_alive = keep_alive
+        self.address = ctypes.addressof(words)
+
+    def enter_rescue(self, addresses: tuple[int, int]) -> None:
+        """Enter the functions of the rescue."""
+        self.words[_RESCUE[0]], self.words[_RESCUE[1]] = addresses
+
+    def set_counter(self, value: int) -> None:
+        """Say which item is the next one."""
+        self.words[_COUNTER] = value
+
+
+class Template:
+    """All that a call's record holds before its arrays are known; reused by calls alike."""
+
+    def __init__(self, problem: AttentionProblem, tile: Tile, natives: dict[str, int]) -> None:
         self.record = np.zeros((), PARAMS)
-        self.counter = np.zeros(8, np.int64)
-        self.keep_alive: list[NDArray[Any]] = [self.counter]
-        self.record["counter"] = self.counter.ctypes.data
-
-    @property
-    def address(self) -> int:
-        """Address of the record."""
-        return self.record.ctypes.data
-
-    def natives(self, addresses: dict[str, int]) -> None:
-        """Enter the addresses of native functions."""
-        for name, address in addresses.items():
+        self._tables: list[NDArray[Any]] = []
+        for name, address in natives.items():
             self.record[f"run_{name}"] = address
+        self._lower_operands(problem)
+        self._lower_lengths(problem)
+        _lower_scores(problem, self.record)
+        _lower_work(problem, tile, self.record)
+        _lower_scratch(tile, self.record)
+        self.scratch_bytes = int(self.record["scratch_bytes"])
+        self.items = int(self.record["items"])
+        self._accumulator = problem.accumulator
+        self._image = self.record.tobytes()
 
-    def table(self, name: str, values: NDArray[Any]) -> None:
-        """Enter the address of an array that lives as long as this object."""
-        self.keep_alive.append(values)
-        self.record[name] = values.ctypes.data
+    def bind(
+        self,
+        operands: tuple[NDArray[Any] | None, ...],
+        slopes: NDArray[Any] | None,
+        sinks: NDArray[Any] | None,
+    ) -> Bound:
+        """Return the record of a call on ``(q, k, v, out, lse, mask, bias)``, slopes and sinks."""
+        words = _WORDS.from_buffer_copy(self._image)
+        for index, array in zip(_ADDRESSES, operands, strict=True):
+            if array is not None:
+                words[index] = address_of(array)
+        # Slopes and sinks count in the accumulator type, whatever they are stored in.
+        if slopes is not None:
+            slopes = slopes.astype(self._accumulator).astype(np.float64, order="C")
+            words[_SLOPES] = address_of(slopes)
+        if sinks is not None:
+            sinks = sinks.astype(self._accumulator).astype(np.float64, order="C")
+            words[_SINKS] = address_of(sinks)
+        return Bound(words, (self, operands, slopes, sinks))
 
-    def operand(self, name: str, array: NDArray[Any]) -> None:
-        """Enter an operand's address, strides and batch offsets."""
-        self.table(name, array)
-        for axis, stride in zip(_OPERANDS[name], array.strides[-3:], strict=True):
-            self.record[f"{name}_{axis}"] = stride
-        self.table(f"{name}_offsets", _batch_offsets(array))
+    def _table(self, name: str, values: NDArray[Any]) -> None:
+        """Enter the address of a table that lives as long as this object."""
+        self._tables.append(values)
+        self.record[name] = address_of(values)
 
+    def _lower_operands(self, problem: AttentionProblem) -> None:
+        """Strides and batch offsets."""
+        operands = {name: getattr(problem, name) for name in ("q", "k", "v", "mask", "bias")}
+        strides = {"out": out_strides(problem)}
+        strides |= {name: array.strides for name, array in operands.items() if array is not None}
+        for name, steps in strides.items():
+            for axis, stride in zip(_OPERANDS[name], steps[-3:], strict=True):
+                self.record[f"{name}_{axis}"] = stride
+            self._table(f"{name}_offsets", _batch_offsets(problem.batch_shape, steps))
+        for name in ("num_heads", "group_size", "seqlen_q", "seqlen_k", "head_dim", "head_dim_v"):
+            self.record[name] = getattr(problem, name)
+        if problem.bias is not None:
+            self.record["bias_storage"] = STORAGE_CODE[STORAGE_NAME[problem.bias.dtype]]
 
-def lower(
-    problem: AttentionProblem,
-    tile: Tile,
-    out: NDArray[Any],
-    lse: NDArray[Any] | None,
-) -> Lowered:
-    """Write a problem into a record, all but the addresses of native functions."""
-    lowered = Lowered()
-    record = lowered.record
-    for name, array in (("q", problem.q), ("k", problem.k), ("v", problem.v), ("out", out)):
-        lowered.operand(name, array)
-    if problem.mask is not None:
-        lowered.operand("mask", problem.mask)
-    if problem.bias is not None:
-        lowered.operand("bias", problem.bias)
-        record["bias_storage"] = STORAGE_CODE[STORAGE_NAME[problem.bias.dtype]]
-    if lse is not None:
-        lowered.table("lse", lse)
-    # Slopes and sinks count in the accumulator type, whatever they are stored in.
-    if problem.alibi_slopes is not None:
-        slopes = problem.alibi_slopes.astype(problem.accumulator)
-        lowered.table("slopes", slopes.astype(np.float64, order="C"))
-    if problem.sinks is not None:
-        lowered.table("sinks", problem.sinks.astype(problem.accumulator).astype(np.float64))
-    k_from, k_to = problem.key_bounds
-    lowered.table("k_from", k_from)
-    lowered.table("k_to", k_to)
-    for name in ("seqused_q", "seqused_k", "q_offset"):
-        lowered.table(name, getattr(problem, name))
-    for name in (
-        "num_heads", "group_size", "seqlen_q", "seqlen_k", "head_dim", "head_dim_v"
-    ):  # fmt: skip
-        record[name] = getattr(problem, name)
-    _lower_scores(problem, record)
-    _lower_work(problem, tile, record)
-    _lower_scratch(tile, record)
-    return lowered
+    def _lower_lengths(self, problem: AttentionProblem) -> None:
+        """What there is one integer of per batch item."""
+        k_from, k_to = problem.key_bounds
+        self._table("k_from", k_from)
+        self._table("k_to", k_to)
+        for name in ("seqused_q", "seqused_k", "q_offset"):
+            self._table(name, getattr(problem, name))
 
 
-def _batch_offsets(array: NDArray[Any]) -> NDArray[np.int64]:
+def out_strides(problem: AttentionProblem) -> tuple[int, ...]:
+    """Strides of out in canonical axis order: the caller's, or contiguous in the caller's layout."""
+    if problem.out is not None:
+        return problem.out.strides
+    *leading, heads, rows, dim = problem.out_shape
+    axes = [*leading, heads, rows, dim] if problem.layout == "bhsd" else [*leading, rows, heads, dim]
+    strides = [problem.out_dtype.itemsize]
+    for length in reversed(axes[1:]):
+        strides.insert(0, strides[0] * length)
+    if problem.layout == "bshd":
+        strides[-3], strides[-2] = strides[-2], strides[-3]
+    return tuple(strides)
+
+
+def _batch_offsets(batch_shape: tuple[int, ...], strides: tuple[int, ...]) -> NDArray[np.int64]:
     """Bytes from the first batch item to each, flat in C order."""
     offsets = np.zeros(1, np.int64)
-    for length, stride in zip(array.shape[:-3], array.strides[:-3], strict=True):
+    for length, stride in zip(batch_shape, strides[: len(batch_shape)], strict=True):
         offsets = (offsets[:, None] + np.arange(length, dtype=np.int64) * stride).ravel()
     return offsets
 
