@@ -6,8 +6,9 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from fusedattn import checks, dispatch
+from fusedattn import checks, dispatch, plan
 from fusedattn.dispatch import Explanation
+from fusedattn.plan import Call
 from fusedattn.problem import make_problem
 
 Array = NDArray[Any]
@@ -174,33 +175,11 @@ def attention(
     >>> bool((attention(q, k, v, mask=nothing) == 0).all())
     True
     """
-    problem = make_problem(
-        q,
-        k,
-        v,
-        scale=scale,
-        causal=causal,
-        window_size=window_size,
-        q_offset=q_offset,
-        seqused_q=seqused_q,
-        seqused_k=seqused_k,
-        mask=mask,
-        bias=bias,
-        alibi_slopes=alibi_slopes,
-        softcap=softcap,
-        sinks=sinks,
-        dropout_p=dropout_p,
-        seed=seed,
-        layout=layout,
-        return_lse=return_lse,
-        out=out,
-        out_dtype=out_dtype,
-    )
-    result = dispatch.choose(problem, backend).forward(problem)
-    written = out if out is not None else problem.restore(result.out)
-    if result.lse is None:
-        return written
-    return written, result.lse
+    call = Call(
+        q, k, v, q_offset, seqused_q, seqused_k, scale, causal, window_size, mask, bias,
+        alibi_slopes, softcap, sinks, dropout_p, seed, layout, return_lse, out, out_dtype, backend,
+    )  # fmt: skip
+    return plan.run(call)
 
 
 def attention_weights(q: Array, k: Array, v: Array | None = None, **options: Any) -> Array:

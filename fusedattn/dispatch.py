@@ -4,14 +4,28 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Protocol
 
-from fusedattn.problem import AttentionProblem, Result
+from fusedattn.checks import Array
+from fusedattn.problem import AttentionProblem, Lengths, Result
+
+
+class Prepared(Protocol):
+    """What a backend makes of a problem, to run it and others that differ in contents only."""
+
+    def run(
+        self,
+        operands: tuple[Array | None, ...],
+        slopes: Array | None,
+        sinks: Array | None,
+        lengths: Lengths | None = None,
+    ) -> None:
+        """Compute into out and lse of the operands ``(q, k, v, out, lse, mask, bias)``."""
 
 
 class Backend(Protocol):
     """What runs a problem.
 
     A backend may also have ``describe(problem) -> list[str]``: lines that say which of its kernels
-    would run, for `explain`.
+    would run, for `explain`; and ``prepare(problem) -> Prepared``, for `fusedattn.plan`.
     """
 
     @property

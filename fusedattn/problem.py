@@ -35,6 +35,14 @@ class Gradients(NamedTuple):
     d_sinks: Array | None
 
 
+class Lengths(NamedTuple):
+    """One int64 per batch item of each, flat in C order."""
+
+    q_offset: NDArray[np.int64]
+    seqused_q: NDArray[np.int64]
+    seqused_k: NDArray[np.int64]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionProblem:
     """A validated attention call. Arrays are views of the caller's, never copies.
@@ -235,12 +243,7 @@ def make_problem(
     seqlen_q, seqlen_k = q.shape[-2], k.shape[-2]
     batch = (q.shape[:-3], math.prod(q.shape[:-3]))
 
-    used_q = _per_item("seqused_q", seqused_q, seqlen_q, batch, 0, seqlen_q)
-    used_k = _per_item("seqused_k", seqused_k, seqlen_k, batch, 0, seqlen_k)
-    if q_offset is None:
-        offset = used_k - used_q
-    else:
-        offset = checks.batch_integers("q_offset", q_offset, *batch, 1 - MAX_SEQLEN, MAX_SEQLEN - 1)
+    lengths = make_lengths(q_offset, seqused_q, seqused_k, seqlen_q, seqlen_k, batch)
 
     bias_shape = None
     scores_shape = (*q.shape[:-1], seqlen_k)
@@ -271,9 +274,9 @@ def make_problem(
         scale=_scale(scale, q.shape[-1], accumulator),
         causal=checks.flag("causal", causal),
         window_size=(None, None) if window_size is None else window_size,
-        q_offset=offset,
-        seqused_q=used_q,
-        seqused_k=used_k,
+        q_offset=lengths.q_offset,
+        seqused_q=lengths.seqused_q,
+        seqused_k=lengths.seqused_k,
         mask=mask,
         bias=bias,
         bias_shape=bias_shape,
@@ -286,6 +289,24 @@ def make_problem(
         return_lse=checks.flag("return_lse", return_lse),
         out_dtype=out_dtype,
     )
+
+
+def make_lengths(
+    q_offset: Any,
+    seqused_q: Any,
+    seqused_k: Any,
+    seqlen_q: int,
+    seqlen_k: int,
+    batch: tuple[tuple[int, ...], int],
+) -> Lengths:
+    """Check and resolve what there is one integer of per item; batch is (batch_shape, size)."""
+    used_q = _per_item("seqused_q", seqused_q, seqlen_q, batch, 0, seqlen_q)
+    used_k = _per_item("seqused_k", seqused_k, seqlen_k, batch, 0, seqlen_k)
+    if q_offset is None:
+        offset = used_k - used_q
+    else:
+        offset = checks.batch_integers("q_offset", q_offset, *batch, 1 - MAX_SEQLEN, MAX_SEQLEN - 1)
+    return Lengths(offset, used_q, used_k)
 
 
 def _operands(q: object, k: object, v: object, layout: str) -> tuple[Array, Array, Array]:

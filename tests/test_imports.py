@@ -21,8 +21,9 @@ MAY_IMPORT = {
     "reference": {"problem"},
     "blocked": {"problem", "masks", "merge", "philox"},
     "cpu": {"cpu", "problem", "masks", "merge", "philox"},
-    "dispatch": {"problem", "cpu", "blocked", "reference"},
-    "api": {"checks", "dispatch", "problem", "merge", "cpu", "reference"},
+    "dispatch": {"checks", "problem", "cpu", "blocked", "reference"},
+    "plan": {"checks", "dispatch", "problem"},
+    "api": {"checks", "dispatch", "plan", "problem", "merge", "cpu", "reference"},
     "": {"api", "merge", "problem"},
     # The kit judges other people's kernels: it knows the specification and no kernel of ours.
     "testing": {"testing", "problem", "masks", "merge", "reference"},
@@ -39,6 +40,7 @@ OUTSIDE = {
     "reference": {"numpy", "ml_dtypes"},
     "blocked": {"numpy"},
     "dispatch": set(),
+    "plan": {"numpy"},
     "api": {"numpy"},
     "": set(),
 }

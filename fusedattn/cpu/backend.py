@@ -14,7 +14,7 @@ from fusedattn.cpu.compile import get_micro, get_rescue, get_worker, known_rescu
 from fusedattn.cpu.forward import NEEDS_RESCUE, STOP
 from fusedattn.cpu.params import STORAGE_NAME, Bound, Template
 from fusedattn.cpu.tile import host_isa, tile_for
-from fusedattn.problem import AttentionProblem, Result
+from fusedattn.problem import AttentionProblem, Lengths, Result
 
 # Below this much work waking a thread costs more than it saves.
 ALONE_FLOPS = 5_000_000
@@ -35,43 +35,42 @@ def _working_memory(size: int) -> int:
 
 
 class Prepared:
-    """A kernel with all it needs to know, for any number of calls that differ in addresses only."""
-
-    __slots__ = ("_template", "_threads_worth", "_long")
+    """A kernel with all it needs to know, for any number of calls that differ in contents only."""
 
     def __init__(self, problem: AttentionProblem) -> None:
         tile = tile_for(STORAGE_NAME[problem.dtype], STORAGE_NAME[problem.out_dtype])
         self._template = Template(problem, tile, get_micro(tile).addresses)
-        flops = problem.flops
-        self._threads_worth = 1 if flops < ALONE_FLOPS else self._template.items
-        self._long = flops >= LONG_FLOPS
+        self._flops = problem.flops
+        pairs = problem.batch_size * problem.num_heads * problem.seqlen_q * problem.seqlen_k
+        self._most_flops = 2 * (problem.head_dim + problem.head_dim_v) * pairs
 
     def run(
         self,
         operands: tuple[NDArray[Any] | None, ...],
         slopes: NDArray[Any] | None,
         sinks: NDArray[Any] | None,
+        lengths: Lengths | None = None,
     ) -> None:
-        """Compute into out and lse: operands are ``(q, k, v, out, lse, mask, bias)``."""
-        template = self._template
-        if template.items == 0:
+        """Compute into out and lse: operands are ``(q, k, v, out, lse, mask, bias)``.
+
+        ``lengths`` are given where they differ from those of the problem it was prepared for.
+        """
+        if self._template.items == 0:
             return
-        bound = template.bind(operands, slopes, sinks)
+        bound = self._template.bind(operands, slopes, sinks, lengths)
         rescue = known_rescue()
         if rescue is not None:
             bound.enter_rescue(rescue)
-        if self._execute(bound):  # the first row ever that needs it: compile it and start over
+        flops = self._flops if lengths is None else self._most_flops
+        if self._execute(bound, flops):  # the first row ever that needs it: compile, start over
             bound.enter_rescue(get_rescue())
             bound.set_counter(0)
-            self._execute(bound)
+            self._execute(bound, flops)
 
-    def _execute(self, bound: Bound) -> bool:
+    def _execute(self, bound: Bound, flops: int) -> bool:
         """Run all items; return whether the rescue is missing."""
         worker, scratch_bytes = get_worker(), self._template.scratch_bytes
-        count = self._threads_worth
-        if count > 1:
-            count = min(count, threads.get_num_threads())
-        if count == 1 and not self._long:
+        if flops < ALONE_FLOPS:
             return worker(bound.address, _working_memory(scratch_bytes)) == NEEDS_RESCUE
         missing: list[bool] = []
 
@@ -83,7 +82,8 @@ class Prepared:
         def stop() -> None:
             bound.set_counter(STOP)
 
-        threads.run(work, stop, count, join_in=not self._long)
+        count = min(self._template.items, threads.get_num_threads())
+        threads.run(work, stop, count, join_in=flops < LONG_FLOPS)
         return bool(missing)
 
 

@@ -35,15 +35,18 @@ class Micro(NamedTuple):
 
 
 def once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let one thread compile; the others wait and find the result."""
-    cached = functools.cache(function)
+    """Let one thread compile; the others wait, and whoever comes later finds the result."""
+    results: dict[Any, Any] = {}
 
     @functools.wraps(function)
-    def locked(*arguments: Any) -> Any:
-        with _lock:
-            return cached(*arguments)
+    def wrapper(*arguments: Any) -> Any:
+        if arguments not in results:
+            with _lock:
+                if arguments not in results:
+                    results[arguments] = function(*arguments)
+        return results[arguments]
 
-    return locked
+    return wrapper
 
 
 def _compile(name: str, function: Any, signature: str) -> Any:
@@ -72,8 +75,10 @@ def get_rescue() -> tuple[int, ...]:
     """Return the addresses of `mark_visible` and `rescue`, compiled on first use."""
     from fusedattn.cpu import rescue
 
-    for name, signature in RESCUE_SIGNATURES.items():
-        _rescue.append(_compile(name, getattr(rescue, name), signature))
+    _rescue[:] = [
+        _compile(name, getattr(rescue, name), signature)
+        for name, signature in RESCUE_SIGNATURES.items()
+    ]
     return tuple(compiled.address for compiled in _rescue)
 
 

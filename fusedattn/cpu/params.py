@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from fusedattn.cpu.memory import STORAGE_CODE, view_as
 from fusedattn.cpu.micro import LOG2_E, SIGNATURES, UNSEEN
 from fusedattn.cpu.tile import Tile
-from fusedattn.problem import AttentionProblem
+from fusedattn.masks import relative_bounds
+from fusedattn.problem import AttentionProblem, Lengths
 
 STORAGE_NAME = {
     np.dtype(np.float16): "float16",
@@ -75,11 +76,11 @@ _INTEGERS = [
     "lse",  # accumulator type, contiguous (batch, head, row); 0 if not wanted
     "slopes",  # float64, contiguous (batch, head); 0 without
     "sinks",  # float64, contiguous (head); 0 without
-    "k_from",  # from here on one int64 per batch item
+    "k_from",  # tables with one int64 per batch item, from here
     "k_to",
-    "seqused_q",
-    "seqused_k",
     "q_offset",
+    "seqused_q",
+    "seqused_k",  # to here
     "natural_units",  # 1: scale, then the passes in natural units; 0: straight to log2
     "exact",  # 1: every row takes the exact path
     "dropout",
@@ -106,6 +107,8 @@ _ADDRESSES = tuple(_INDEX[name] for name in ("q", "k", "v", "out", "lse", "mask"
 _SLOPES, _SINKS = _INDEX["slopes"], _INDEX["sinks"]
 _RESCUE = (_INDEX["run_mark_visible"], _INDEX["run_rescue"])
 _COUNTER = _INDEX["counter"]
+_LENGTH_NAMES = ("k_from", "k_to", "q_offset", "seqused_q", "seqused_k")
+_LENGTHS = tuple(_INDEX[name] for name in _LENGTH_NAMES)
 
 
 def address_of(array: NDArray[Any] | None) -> int:
@@ -139,7 +142,10 @@ class Template:
         for name, address in natives.items():
             self.record[f"run_{name}"] = address
         self._lower_operands(problem)
-        self._lower_lengths(problem)
+        self._relative_bounds = relative_bounds(problem.causal, problem.window_size, 0)
+        lengths = Lengths(problem.q_offset, problem.seqused_q, problem.seqused_k)
+        for name, table in zip(_LENGTH_NAMES, self._length_tables(lengths), strict=True):
+            self._table(name, table)
         _lower_scores(problem, self.record)
         _lower_work(problem, tile, self.record)
         _lower_scratch(tile, self.record)
@@ -153,9 +159,18 @@ class Template:
         operands: tuple[NDArray[Any] | None, ...],
         slopes: NDArray[Any] | None,
         sinks: NDArray[Any] | None,
+        lengths: Lengths | None,
     ) -> Bound:
-        """Return the record of a call on ``(q, k, v, out, lse, mask, bias)``, slopes and sinks."""
+        """Return the record of a call on ``(q, k, v, out, lse, mask, bias)`` and the rest.
+
+        ``lengths`` are the call's own, or None if they are those of the template's problem.
+        """
         words = _WORDS.from_buffer_copy(self._image)
+        tables: tuple[NDArray[np.int64], ...] = ()
+        if lengths is not None:
+            tables = self._length_tables(lengths)
+            for index, table in zip(_LENGTHS, tables, strict=True):
+                words[index] = address_of(table)
         for index, array in zip(_ADDRESSES, operands, strict=True):
             if array is not None:
                 words[index] = address_of(array)
@@ -166,7 +181,7 @@ class Template:
         if sinks is not None:
             sinks = sinks.astype(self._accumulator).astype(np.float64, order="C")
             words[_SINKS] = address_of(sinks)
-        return Bound(words, (self, operands, slopes, sinks))
+        return Bound(words, (self, operands, slopes, sinks, tables))
 
     def _table(self, name: str, values: NDArray[Any]) -> None:
         """Enter the address of a table that lives as long as this object."""
@@ -187,13 +202,10 @@ class Template:
         if problem.bias is not None:
             self.record["bias_storage"] = STORAGE_CODE[STORAGE_NAME[problem.bias.dtype]]
 
-    def _lower_lengths(self, problem: AttentionProblem) -> None:
-        """What there is one integer of per batch item."""
-        k_from, k_to = problem.key_bounds
-        self._table("k_from", k_from)
-        self._table("k_to", k_to)
-        for name in ("seqused_q", "seqused_k", "q_offset"):
-            self._table(name, getattr(problem, name))
+    def _length_tables(self, lengths: Lengths) -> tuple[NDArray[np.int64], ...]:
+        """Tables in the order of `_LENGTHS`: the bounds of the keys seen, relative to the row."""
+        k_from, k_to = self._relative_bounds
+        return (lengths.q_offset + k_from, lengths.q_offset + k_to, *lengths)
 
 
 def out_strides(problem: AttentionProblem) -> tuple[int, ...]:

@@ -4,7 +4,7 @@
 used alone. Install with ``pip install 'fusedattn[testing]'``.
 """
 
-from fusedattn.testing import laws
+from fusedattn.testing import adapters, laws
 from fusedattn.testing.buffers import PLACEMENTS, Placed
 from fusedattn.testing.cases import Answer, Case
 from fusedattn.testing.check import check_attention
@@ -39,6 +39,7 @@ __all__ = [
     "Report",
     "Shapes",
     "Sizes",
+    "adapters",
     "assert_within",
     "attention_problems",
     "backward_budget",

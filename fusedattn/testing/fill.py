@@ -39,17 +39,17 @@ def fill(rng: Generator, style: str, shape: tuple[int, ...], dtype: np.dtype[Any
     if style == "integers":
         return rng.integers(-2, 3, shape).astype(np.float64)
     if style == "constant":
-        return np.full(shape, rng.choice([0.3, -1.0, 0.0, 1.7]))
+        return np.full(shape, float(rng.choice([0.3, -1.0, 0.0, 1.7])))
     if style == "constant_rows":
         return np.broadcast_to(rng.standard_normal(rows), shape).copy()
     if style == "one_hot":
-        values = np.zeros(shape)
+        only = np.zeros(shape)
         hot = rng.integers(0, shape[-1], rows)
-        np.put_along_axis(values, hot, rng.choice([1.0, 2.0, -1.0], rows), axis=-1)
-        return values
+        np.put_along_axis(only, hot, rng.choice([1.0, 2.0, -1.0], rows), axis=-1)
+        return only
     if style == "subnormal":
-        return rng.integers(-9, 10, shape) * smallest_subnormal(dtype)
-    values = rng.standard_normal(shape)
+        return rng.integers(-9, 10, shape).astype(np.float64) * smallest_subnormal(dtype)
+    values: Float64 = rng.standard_normal(shape)
     if style == "positive":
         values = np.abs(values)
     elif style == "zero_rows":
@@ -130,11 +130,12 @@ V_STYLES = (*STYLES, "spiky", "huge")
 
 def mask_values(rng: Generator, shape: tuple[int, ...]) -> NDArray[np.bool_]:
     """Return a mask: random density, empty and full rows, leading blocks and columns hidden."""
-    density = rng.choice([0.5, 0.9, 0.1, 0.98])
-    mask = rng.random(shape) < density
-    if mask.size == 0:
-        return mask
-    rows, keys = shape[-2:]
+    density = float(rng.choice([0.5, 0.9, 0.1, 0.98]))
+    flat: NDArray[np.bool_] = rng.random(shape) < density
+    if flat.size == 0:
+        return flat
+    mask = np.atleast_2d(flat)  # a view
+    rows, keys = mask.shape[-2:]
     if rng.random() < 0.5:
         mask[..., rng.integers(0, rows), :] = False
     if rng.random() < 0.3:
@@ -145,14 +146,14 @@ def mask_values(rng: Generator, shape: tuple[int, ...]) -> NDArray[np.bool_]:
         mask[..., rng.integers(0, keys + 1) :] = False
     if rng.random() < 0.2:
         mask[..., rng.integers(0, keys)] = False
-    return mask
+    return flat
 
 
 def bias_values(
     rng: Generator, shape: tuple[int, ...], dtype: np.dtype[Any], room: float
 ) -> tuple[Array, float]:
     """Return a bias and its largest finite magnitude, below `room`."""
-    kind = rng.choice(["normal", "integers", "steep", "far"], p=[0.45, 0.2, 0.15, 0.2])
+    kind = str(rng.choice(["normal", "integers", "steep", "far"], p=[0.45, 0.2, 0.15, 0.2]))
     bias = rng.standard_normal(shape)
     if kind == "integers":
         bias = rng.integers(-3, 4, shape).astype(np.float64)
@@ -165,7 +166,7 @@ def bias_values(
     hide = rng.random()
     if hide < 0.4 and bias.size:
         chosen = rng.random(shape) < 0.3
-        if hide < 0.2:
+        if hide < 0.2 and len(shape) > 1:
             chosen = chosen | (np.arange(shape[-2]) == rng.integers(0, shape[-2]))[:, None]
         bias[chosen] = -np.inf
     finite = np.where(np.isfinite(bias), bias, 0).astype(np.float64)

@@ -32,7 +32,7 @@ from fusedattn.testing.roundoff import (
     smallest_subnormal,
     unit_roundoff,
 )
-from fusedattn.testing.rows import Float64, RowBlock, kv_heads, row_blocks
+from fusedattn.testing.rows import Float64, RowBlock, any_over, kv_heads, row_blocks
 from fusedattn.testing.tolerance import (
     Weights,
     capped_error,
@@ -110,7 +110,7 @@ class _Sums:
         heads = kv_heads(problem, block.heads)
         k = np.abs(problem.k[block.index][heads].astype(np.float64))
         v = problem.v[block.index][heads].astype(np.float64)
-        seen = block.attended.any(-1)
+        seen = any_over(block.attended, -1)
         d_out = np.where(seen[..., None], d_out, 0.0)
         slope = np.where(seen | (block.sink > -np.inf), slope, 0.0)
 

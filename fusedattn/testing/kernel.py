@@ -53,6 +53,10 @@ CONFESSIONS = frozenset({"half_weights", "d_lse"})
 EVERYTHING = KEYWORDS | CAPABILITIES
 
 
+class OutsideDomain(Exception):
+    """A law asked for a call that the kernel's domain does not admit."""
+
+
 @dataclass(frozen=True)
 class Kernel:
     """An attention function with its declared capabilities; see `check_attention`."""
@@ -95,6 +99,9 @@ class Kernel:
         No input and nothing around it is written, nothing outside `out` is, and the results have
         the promised shapes and types and lie in memory of their own.
         """
+        reason = None if self.domain is None else self.domain(case.problem)
+        if reason is not None:
+            raise OutsideDomain(reason)
         placed = _place(self, case)
         bshd = case.keywords.get("layout") == "bshd"
         problem = case.problem

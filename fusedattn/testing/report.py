@@ -154,6 +154,9 @@ def runnable(law: Law, kernel: Kernel, case: Case) -> str:
 
 
 def _import_of(function: Any, alias: str) -> str:
+    source = getattr(function, "source", None)
+    if source is not None:
+        return f"{source}\n{alias} = adapted.{alias}"
     module = getattr(function, "__module__", None)
     name = getattr(function, "__qualname__", "")
     if module in (None, "__main__") or not name.isidentifier():

@@ -153,9 +153,14 @@ def attended(problem: AttentionProblem) -> Bool:
     return seen
 
 
+def any_over(mask: Bool, axis: int) -> Bool:
+    """Return where any entry along an axis is true."""
+    found: Bool = np.asarray(np.any(mask, axis=axis))
+    return found
+
+
 def unseen_keys(problem: AttentionProblem) -> Bool:
     """Which keys no row of any head sees, ``(*batch, heads_kv, seqlen_k)``."""
-    seen = attended(problem).any(-2)
+    seen = any_over(attended(problem), -2)
     groups = (*problem.batch_shape, problem.num_heads_kv, problem.group_size, problem.seqlen_k)
-    unseen: Bool = ~seen.reshape(groups).any(-2)
-    return unseen
+    return ~any_over(seen.reshape(groups), -2)

@@ -110,6 +110,9 @@ def shapes(
     batch_shape: tuple[int, ...] = (draw(st.sampled_from(sizes.batch)),)
     if "leading_axes" in supports and ("leading_axes" in focus or draw(st.integers(0, 3)) == 3):
         batch_shape = draw(st.sampled_from([(), (2, 3), (1, 2), (3, 1), (1, 1, 2)]))
+    elif draw(st.integers(0, 3)) == 3:
+        # Equal sizes let an array broadcast along the wrong axis without an error.
+        batch_shape = (heads_kv * group,)
     # Long sequences come alone.
     seqlen_q = max(1, min(seqlen_q, MAX_LOGITS // seqlen_k)) if not square else seqlen_q
     while (n := int(np.prod(batch_shape))) * heads_kv * group * seqlen_q * seqlen_k > MAX_LOGITS:
@@ -155,9 +158,22 @@ def layouts() -> st.SearchStrategy[str]:
 
 def broadcastable(rng: Generator, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return a shape that broadcasts to `shape`: axes of 1, and leading axes left out."""
-    chosen = tuple(1 if rng.random() < 0.35 else n for n in shape)
-    drop = int(rng.integers(0, len(shape) - 1)) if rng.random() < 0.4 else 0
-    return chosen[drop:]
+    *batch, heads, rows, keys = shape
+    ones = (1,) * len(batch)
+    usual = (
+        shape,
+        (rows, keys),
+        (heads, rows, keys),
+        (*batch, 1, 1, keys),
+        (*batch, 1, rows, keys),
+        (*ones, heads, rows, keys),
+        (keys,),
+        (rows, 1),
+        (heads, 1, keys),
+    )
+    if rng.random() < 0.8:
+        return usual[int(rng.integers(len(usual)))]
+    return tuple(1 if rng.random() < 0.35 else n for n in shape)
 
 
 def per_item(
@@ -167,7 +183,7 @@ def per_item(
     if not batch_shape or rng.random() < 0.4:
         return draw_one()
     shape = batch_shape if rng.random() < 0.7 else batch_shape[-1:]
-    dtype = rng.choice([np.dtype(np.int64), np.dtype(np.int32)])
+    dtype = (np.int64, np.int32)[int(rng.integers(2))]
     values = [draw_one() for _ in range(int(np.prod(shape)))]
     return np.array(values, dtype).reshape(shape)
 
@@ -349,9 +365,9 @@ def _length(rng: Generator, length: int) -> int:
 
 
 def _any_float(rng: Generator) -> np.dtype[Any]:
-    return np.dtype(
-        rng.choice(["float32", "float64", "float16", "bfloat16"], p=[0.7, 0.1, 0.1, 0.1])
-    )
+    names = ["float32", "float64", "float16", "bfloat16"]
+    dtype: np.dtype[Any] = np.dtype(str(rng.choice(names, p=[0.7, 0.1, 0.1, 0.1])))
+    return dtype
 
 
 def logit_terms(rng: Generator, size: Shapes, on: Collection[str], room: float) -> dict[str, Any]:
@@ -380,7 +396,7 @@ def with_garbage(rng: Generator, case: Case) -> Case:
     k = np.where(unseen, junk, k)
     # A thousand times the rest, as far as the type goes and the domain of V allows.
     limit = min(largest(case.v.dtype), largest(case.problem.accumulator) / (4 * k.shape[-2])) / 2
-    v = np.where(unseen, max(top_v, min(limit, 1e3 * (1.0 + top_v))), v)
+    v = np.where(unseen, top_v if top_v > limit / 1e4 else min(limit, 1e3 * (1.0 + top_v)), v)
     return case.change(k=k.astype(case.k.dtype), v=v.astype(case.v.dtype))
 
 
@@ -414,8 +430,8 @@ def _sizes_within(
         full = {**base, **changes}
         heads = full.pop("num_heads_kv")
         size = Shapes((full.pop("batch"),), heads * full.pop("group_size"), heads, **full)
-        arrays = [np.zeros(shape, np.dtype(dtypes[0])) for shape in (size.q, size.k, size.v)]
-        return domain(Case(*arrays).problem) is None
+        q, k, v = (np.zeros(shape, np.dtype(dtypes[0])) for shape in (size.q, size.k, size.v))
+        return domain(Case(q, k, v).problem) is None
 
     starts = [(length, dim) for dim in (4, 8, 16, 32, 64, 128) for length in (4, 1, 8, 16, 64, 128)]
     for length, dim in starts:

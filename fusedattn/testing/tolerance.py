@@ -89,7 +89,7 @@ from fusedattn.testing.roundoff import (
     smallest_subnormal,
     unit_roundoff,
 )
-from fusedattn.testing.rows import Bool, Float64, RowBlock, kv_heads, row_blocks
+from fusedattn.testing.rows import Bool, Float64, RowBlock, any_over, kv_heads, row_blocks
 
 __all__ = ["Budget", "assert_within", "forward_budget", "merge_budget", "unit_roundoff"]
 
@@ -306,8 +306,7 @@ def _out_budget(
     # Powers of two keep the sums finite when V stands at the end of the range.
     unit = 2.0 ** np.floor(np.log2(np.abs(v).max(initial=0.0) or 1.0))
     v = v / unit
-    seen: Bool = np.asarray(block.attended.any(-2))
-    seen_v = np.where(seen[..., None], np.abs(v), 0.0)
+    seen_v = np.where(any_over(block.attended, -2)[..., None], np.abs(v), 0.0)
     v_max = seen_v.max(-2, initial=0.0)[..., None, :]
 
     w = np.exp(weights.log_w) * (1.0 if kept is None else kept)

@@ -73,8 +73,10 @@ class Law:
         supports, without = kernel.supports, set(self.without)
         if self.moves and not kernel.can("q_offset"):
             without |= set(_POSITIONS)
-        choices = [name for name in self.any_of if name in supports and name not in without]
-        return st.one_of(
+        choices: list[tuple[str, ...]] = [
+            (name,) for name in self.any_of if name in supports and name not in without
+        ]
+        strategies: list[SearchStrategy[Case]] = [
             attention_problems(
                 supports,
                 kernel.dtypes,
@@ -85,8 +87,9 @@ class Law:
                 tame=self.tame,
                 extreme=self.extreme,
             )
-            for choice in ([(name,) for name in choices] or [()])
-        )
+            for choice in choices or [()]
+        ]
+        return st.one_of(strategies)
 
     @property
     def promise(self) -> str:

@@ -9,7 +9,7 @@ from fusedattn.testing.compare import assert_within
 from fusedattn.testing.kernel import Kernel
 from fusedattn.testing.laws.common import assert_equals_reference
 from fusedattn.testing.roundoff import smallest_normal, smallest_subnormal, unit_roundoff
-from fusedattn.testing.rows import attended, kv_heads
+from fusedattn.testing.rows import Bool, any_over, attended, kv_heads
 from fusedattn.testing.tolerance import working_roundoff
 
 
@@ -53,7 +53,7 @@ def in_hull(kernel: Kernel, case: Case) -> None:
     high = np.where(seen, v, -np.inf).max(-2, initial=-np.inf)
     if problem.sinks is not None:
         low, high = np.minimum(low, 0.0), np.maximum(high, 0.0)
-    empty = low > high
+    empty: Bool = np.greater(low, high)
     low, high = np.where(empty, 0.0, low), np.where(empty, 0.0, high)
     size = np.maximum(np.abs(low), np.abs(high))
     # A weighted mean with positive weights, except for the roundings of its two sums.
@@ -75,7 +75,7 @@ def rows_without_keys(kernel: Kernel, case: Case) -> None:
     """
     case = hide_rows(case, kernel)
     answer, problem = kernel(case), case.problem
-    empty = ~attended(problem).any(-1)
+    empty = ~any_over(attended(problem), -1)
     out = np.where(empty[..., None], answer.out.astype(np.float64), 0.0)
     bad = out != 0
     assert not bad.any(), f"{int(bad.any(-1).sum())} rows without keys are not 0: {out[bad][0]}"
@@ -123,7 +123,7 @@ def nan_reaches_the_output(kernel: Kernel, case: Case) -> None:
     Domain: NaN only, no dropout, logits of moderate size. A NaN value may spoil the whole row or
     its own column. If this does not hold, a broken layer upstream is silently averaged away.
     """
-    rng, problem = case.rng, case.problem
+    rng = case.rng
     name = "qkv"[int(rng.integers(3))]
     array = getattr(case, name).copy()
     if array.size == 0:
@@ -143,8 +143,7 @@ def nan_reaches_the_output(kernel: Kernel, case: Case) -> None:
         assert not lost.any(), f"{name} holds an attended NaN, but the lse is {answer.lse[lost][0]}"
     if kernel.can("hidden_nan") or name == "q":
         # Rows that do not attend it are as the reference says; others may be NaN altogether.
-        spoilt = must.any(-1)
+        spoilt = any_over(must, -1)
         out = np.where(spoilt[..., None], 0.0, answer.out.astype(np.float64))
         want = np.where(spoilt[..., None], 0.0, expected.out)
         assert_within(out, want, case.budget.out, name="out of rows that see no NaN")
-    del problem

@@ -75,7 +75,7 @@ def hidden_keys_do_not_leak(kernel: Kernel, case: Case) -> None:
     if rng.random() < 0.6:
         values["k"] = (chosen, junk)
     if "bias" in case.keywords and problem.mask is not None:
-        values["bias"] = (~problem.mask & ~np.isneginf(problem.bias), np.nan)
+        values["bias"] = (~problem.mask & (problem.bias != -np.inf), np.nan)
     dirty = replaced(case, values)
     clean = ~seen[..., key]
     assert_same(kernel, kernel(dirty), kernel(case), case, clean)
@@ -209,13 +209,14 @@ def concurrent_calls_do_not_mix(kernel: Kernel, case: Case) -> None:
 
 
 def far_memory_is_reached(kernel: Kernel, case: Case) -> None:
-    """Batch items may lie further apart than 2**31 elements.
+    """Batch items may lie further apart than 2**32 elements.
 
     Only the touched pages of such an array exist. If this does not hold, an offset was computed in
     32 bits and wraps around.
     """
     items = case.k.shape[0]
-    apart = (2**31 + 64) * case.k.itemsize
+    # An offset that wraps around, in elements or in bytes, lands in the first item's memory.
+    apart = (2**32 + 64) * case.k.itemsize
     size = apart * (items - 1) + case.k[0].nbytes
     if sys.platform != "linux":
         return

@@ -97,7 +97,7 @@ def split_and_merge(kernel: Kernel, case: Case) -> None:
     edges = [0, *cuts.tolist(), length]
     spans = list(itertools.pairwise(edges))
     rng.shuffle(spans)
-    keywords = {"return_lse": True} if kernel.can("return_lse") else {}
+    keywords: dict[str, Any] = {"return_lse": True} if kernel.can("return_lse") else {}
     if kernel.can("out_dtype") and case.q.dtype.itemsize == 2:
         keywords["out_dtype"] = np.float32
     parts, budgets = [], []
@@ -143,8 +143,9 @@ def _merge(parts: list[tuple[Array, Array]]) -> tuple[Array, Array]:
         shift = np.where(np.isfinite(row_max), row_max, 0.0)
         weights = np.exp(lse - shift)
         total = weights.sum(0)
-        merged = (weights[..., None] * out).sum(0) / np.where(total > 0, total, 1.0)[..., None]
-        return merged, np.log(total) + shift
+        share = weights / np.where(total > 0, total, 1.0)
+        # Where a part is empty its zero does not count, and a sum of huge numbers stays in range.
+        return (share[..., None] * out).sum(0), np.log(total) + shift
 
 
 def groups_equal_repeated_heads(kernel: Kernel, case: Case) -> None:
