@@ -217,7 +217,7 @@ def attention_problems(
     dtypes : collection of str
         Types of q, k and v to choose from.
     focus : collection of str
-        Features that every draw has. Any other comes in one draw of five.
+        Features that every draw has. Any other comes in one draw of four.
     without : collection of str
         Features that no draw has.
     sizes : Sizes, optional
@@ -244,7 +244,7 @@ def attention_problems(
     on = {
         name
         for name in _OPTIONAL
-        if name in chosen and (name in focus or draw(st.integers(0, 4)) == 4)
+        if name in chosen and (name in focus or draw(st.integers(0, 3)) == 3)
     }
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     case = build(rng, size, dtype, styles, on, "full_range" in chosen)

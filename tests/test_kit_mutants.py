@@ -1,0 +1,60 @@
+"""The kit bites: every planted mutant is killed, and nothing that is right is."""
+
+import pytest
+from kit_mutants import MUTANTS
+from kit_subject import Attention, plain_attention, plain_masked_attention
+
+from fusedattn.testing import EVERYTHING, Kernel, check_attention
+from fusedattn.testing.check import try_law
+from fusedattn.testing.laws import ALL
+
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+
+
+def killers(factory, options, first_only, seed=0, max_examples=100):
+    """Names of the laws that a mutant breaks within the default budget of examples."""
+    options = {**options, "supports": frozenset(options["supports"])}
+    found = []
+    for law in ALL:
+        outcome = try_law(law, Kernel(factory(), **options), max_examples, seed, shrink=False)
+        if outcome.status == "failed":
+            found.append(law.name)
+            if first_only:
+                break
+    return found
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_planted_mutant_is_killed(name):
+    factory, options = MUTANTS[name]
+    assert killers(factory, options, first_only=True), f"no law kills {name}"
+
+
+def test_the_subject_of_the_mutants_is_right():
+    report = check_attention(
+        Attention(), supports=EVERYTHING, dtypes=DTYPES, max_examples=25, seed=1
+    )
+    assert report.ok, report
+
+
+def test_a_plain_float32_attention_is_accepted():
+    report = check_attention(plain_attention, seed=2)
+    assert report.ok, report
+
+
+def test_a_masked_float32_attention_is_accepted():
+    supports = {"causal", "mask", "scale", "return_lse"}
+    report = check_attention(plain_masked_attention, supports=supports, max_examples=50, seed=3)
+    assert report.ok, report
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("seed", range(20))
+def test_correct_kernels_never_fail(seed):
+    for fn, supports, dtypes in (
+        (Attention(), EVERYTHING, DTYPES),
+        (plain_attention, (), ("float32",)),
+        (plain_masked_attention, {"causal", "mask", "scale", "return_lse"}, ("float32",)),
+    ):
+        report = check_attention(fn, supports=supports, dtypes=dtypes, max_examples=50, seed=seed)
+        assert report.ok, report
