@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fusedattn.cpu import threads
 from fusedattn.cpu.compile import get_micro, get_rescue, get_worker, known_rescue
 from fusedattn.cpu.forward import NEEDS_RESCUE, STOP
-from fusedattn.cpu.params import STORAGE_NAME, Bound, Template
+from fusedattn.cpu.params import Bound, Template, tile_of
 from fusedattn.cpu.tile import host_isa, tile_for
 from fusedattn.problem import AttentionProblem, Lengths, Result
 
@@ -20,6 +20,8 @@ from fusedattn.problem import AttentionProblem, Lengths, Result
 ALONE_FLOPS = 5_000_000
 # Above this much work (some hundredths of a second) the caller only waits, so that Ctrl-C is heard.
 LONG_FLOPS = 2_000_000_000
+# Numbers of rows that call for each of the panel widths.
+WARMUP_ROWS = (1, 32, 4096)
 
 _scratch = threading.local()
 
@@ -38,7 +40,7 @@ class Prepared:
     """A kernel with all it needs to know, for any number of calls that differ in contents only."""
 
     def __init__(self, problem: AttentionProblem) -> None:
-        tile = tile_for(STORAGE_NAME[problem.dtype], STORAGE_NAME[problem.out_dtype])
+        tile = tile_of(problem)
         self._template = Template(problem, tile, get_micro(tile).addresses)
         self._flops = problem.flops
         pairs = problem.batch_size * problem.num_heads * problem.seqlen_q * problem.seqlen_k
@@ -99,7 +101,7 @@ class Cpu:
 
     def describe(self, problem: AttentionProblem) -> list[str]:
         """Say which kernel would run, for `fusedattn.explain`."""
-        tile, isa = tile_for(STORAGE_NAME[problem.dtype], STORAGE_NAME[problem.out_dtype]), host_isa()
+        tile, isa = tile_of(problem), host_isa()
         panels = tile.panels(problem.head_dim, problem.head_dim_v)
         return [
             f"{isa.name}, {tile.vectors} x {tile.width} lanes hold queries, {tile.rows} keys in "
@@ -126,6 +128,7 @@ CPU = Cpu()
 def warmup(dtypes: Iterable[str] = ("float32",)) -> None:
     """Compile (or load) the kernels of these storage types."""
     for dtype in dtypes:
-        get_micro(tile_for(dtype, dtype))
+        for rows in WARMUP_ROWS:
+            get_micro(tile_for(dtype, dtype, rows))
     get_worker()
     get_rescue()

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fusedattn.cpu.memory import STORAGE_CODE, view_as
 from fusedattn.cpu.micro import LOG2_E, SIGNATURES, UNSEEN
-from fusedattn.cpu.tile import Tile
+from fusedattn.cpu.tile import Tile, tile_for
 from fusedattn.masks import relative_bounds
 from fusedattn.problem import AttentionProblem, Lengths
 
@@ -27,6 +27,9 @@ STORAGE_NAME = {
     np.dtype(np.float32): "float32",
     np.dtype(np.float64): "float64",
 }
+
+# Up to so many rows per head, the heads of a KV group share the lanes of an item.
+FEW_ROWS = 96
 
 # An operand is an address, three strides in bytes and the address of its batch offsets.
 _OPERANDS = {
@@ -254,13 +257,25 @@ def _lower_scores(problem: AttentionProblem, record: NDArray[Any]) -> None:
     record["keep_scale"] = 1.0 / (1.0 - problem.dropout_p)
 
 
+def heads_per_item(problem: AttentionProblem) -> int:
+    """How many query heads of a KV group lie across the lanes together.
+
+    They read the same keys. Where one head has few rows, the whole group shares the lanes.
+    """
+    return problem.group_size if problem.seqlen_q <= FEW_ROWS else 1
+
+
+def tile_of(problem: AttentionProblem) -> Tile:
+    """Return the tile shape that serves a problem."""
+    rows = heads_per_item(problem) * problem.seqlen_q
+    return tile_for(STORAGE_NAME[problem.dtype], STORAGE_NAME[problem.out_dtype], rows)
+
+
 def _lower_work(problem: AttentionProblem, tile: Tile, record: NDArray[Any]) -> None:
     """Cut the output into items: (batch, group of heads, block of rows)."""
     panels = tile.panels(problem.head_dim, problem.head_dim_v)
     block = panels * tile.lanes
-    # The heads of a KV group read the same keys. Where one head cannot fill an item's lanes, the
-    # whole group lies across them.
-    heads = problem.group_size if problem.seqlen_q * 2 <= block else 1
+    heads = heads_per_item(problem)
     groups = problem.num_heads // heads
     row_blocks = -(-heads * problem.seqlen_q // block)
     record["panels"], record["heads_per_item"], record["head_groups"] = panels, heads, groups
