@@ -1,0 +1,1 @@
+"""Programs that use fusedattn: `python -m examples.<name>` from the repository root."""
