@@ -2,6 +2,10 @@
 
 Not OpenMP, whose threads do not survive a fork, and not Numba's own pool, which aborts on
 concurrent callers. Any number of callers may share the pool; a child process starts its own.
+
+A signal handler may raise between any two instructions of the main thread. So all bookkeeping of a
+job is done by the workers, which signals never interrupt; a caller only looks at it, and may look
+again.
 """
 
 from __future__ import annotations
@@ -9,11 +13,17 @@ from __future__ import annotations
 import math
 import os
 import queue
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 _VARIABLE = "FUSEDATTN_NUM_THREADS"
+
+MOST_THREADS = 2**16
+
+# For so many large calls at once the pool has workers of their own.
+CALLERS = 4
 
 Task = Callable[[], None]
 
@@ -31,12 +41,14 @@ def available_cpus() -> int:
 def _cgroup_quota(proc: Path = Path("/proc"), root: Path = Path("/sys/fs/cgroup")) -> float | None:
     """CPUs' worth of time that the process's cgroup (v2 or v1) or a parent of it allows, if limited."""
     try:
-        lines = (proc / "self/cgroup").read_text().splitlines()
+        text = (proc / "self/cgroup").read_text(errors="surrogateescape")
     except OSError:
         return None
     limits = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
+    for line in text.splitlines():
+        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        if not path:
+            continue
         if controllers == "":
             base, read = root, _quota_v2
         elif "cpu" in controllers.split(","):
@@ -74,27 +86,19 @@ def _default_threads() -> int:
     text = os.environ.get(_VARIABLE)
     if text is None or not text.strip():
         return available_cpus()
-    try:
-        return _checked(int(text), _VARIABLE)
-    except ValueError:
-        raise ValueError(f"{_VARIABLE} must be an integer >= 1, but is {text!r}") from None
-
-
-def _checked(n: int, name: str) -> int:
-    if isinstance(n, bool) or not isinstance(n, int):
-        raise TypeError(f"{name} must be an int, but is {n!r} ({type(n).__name__})")
-    if n < 1:
-        raise ValueError(f"{name} must be at least 1, but is {n}")
-    return n
+    if not text.strip().isdecimal() or not 1 <= int(text) <= MOST_THREADS:
+        raise ValueError(f"{_VARIABLE} must be an integer from 1 to {MOST_THREADS}, but is {text!r}")
+    return int(text)
 
 
 class _State:
     """What a fork must renew: the threads and everything they wait on."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.tasks: queue.SimpleQueue[Task] = queue.SimpleQueue()
+        self.lock = threading.RLock()  # a signal handler may call again in the midst of a call
+        self.tasks: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self.workers = 0
+        self.busy = 0
 
 
 _state = _State()
@@ -119,24 +123,35 @@ def get_num_threads() -> int:
 
 
 def set_num_threads(n: int) -> None:
-    """Set the number of threads that a large call uses; results do not depend on it."""
+    """Set the number of threads that a large call uses; `fusedattn.set_num_threads` checks it."""
     global _num_threads
-    _num_threads = _checked(n, "n")
+    _num_threads = n
 
 
-def _serve(tasks: queue.SimpleQueue[Task]) -> None:
+def _serve(state: _State) -> None:
     while True:
-        tasks.get()()
+        job = state.tasks.get()
+        with state.lock:
+            state.busy += 1
+        at_work = job.take_part()
+        with state.lock:
+            state.busy -= 1
+        if at_work:
+            job.leave()
+        del job  # or the last call's arrays would live until the next one
 
 
-def _grow(state: _State, workers: int) -> int:
-    """Start workers up to a number; return how many there are. Fewer when the system refuses."""
+def _grow(state: _State, helpers: int) -> int:
+    """Start workers until a call has as many idle ones as it asks for; return how many there are.
+
+    Fewer when the system refuses. Callers at the same time get workers of their own, so that a
+    short call does not wait for a long one to end, but no more than ``CALLERS`` times as many.
+    """
     with state.lock:
-        while state.workers < workers:
+        wanted = min(state.busy + helpers, CALLERS * helpers)
+        while state.workers < wanted:
             name = f"fusedattn-{state.workers}"
-            thread = threading.Thread(
-                target=_serve, args=(state.tasks,), name=name, daemon=True
-            )
+            thread = threading.Thread(target=_serve, args=(state,), name=name, daemon=True)
             try:
                 thread.start()
             except RuntimeError:  # no more threads, or the interpreter is shutting down
@@ -146,23 +161,61 @@ def _grow(state: _State, workers: int) -> int:
 
 
 class _Job:
-    """One call's work on several threads; errors of any of them reach the caller."""
+    """One call's work on several threads; the first error of any of them reaches the caller.
 
-    def __init__(self, work: Task) -> None:
-        self.work = work
-        self.finished = threading.Semaphore(0)
+    A worker that returns has found nothing left to take. The job is over when one has returned and
+    none is at work: workers that come to it later pass by.
+    """
+
+    def __init__(self, work: Task, stop: Task) -> None:
         self.error: BaseException | None = None
+        self.over = False
+        self._calls: tuple[Task, Task] | None = (work, stop)
+        self._lock = threading.Lock()
+        self._at_work = 0
+        self._wake = threading.Lock()
+        self._wake.acquire()
 
-    def __call__(self) -> None:
+    def take_part(self) -> bool:
+        """Work until nothing is left, on a thread of the pool; False if the job is over."""
+        with self._lock:
+            if self._calls is None:
+                return False
+            self._at_work += 1
+            work, stop = self._calls
         try:
-            self.work()
+            work()
         except BaseException as error:
-            self.error = error
-        finally:
-            self.finished.release()
+            if self.error is None:
+                self.error = error
+            stop()  # the others need not finish what is lost
+        return True
+
+    def leave(self) -> None:
+        """End what a successful `take_part` began."""
+        with self._lock:
+            self._at_work -= 1
+            if self._at_work == 0:
+                self._end()
+
+    def _end(self) -> None:
+        self.over, self._calls = True, None
+        self._wake.release()
+
+    def nothing_is_left(self) -> None:
+        """Say that the caller itself has worked until nothing was left, or has stopped the work."""
+        with self._lock:
+            if self._at_work == 0 and not self.over:
+                self._end()
+
+    def wait(self) -> None:
+        """Return when the job is over."""
+        while not self.over:
+            # On Windows, signals are heard only between two waits.
+            self._wake.acquire(timeout=0.1)
 
 
-def run(work: Task, stop: Callable[[], None], threads: int, *, join_in: bool) -> None:
+def run(work: Task, stop: Task, threads: int, *, join_in: bool) -> None:
     """Run ``work`` on several threads at once and wait for all of them.
 
     Parameters
@@ -170,7 +223,7 @@ def run(work: Task, stop: Callable[[], None], threads: int, *, join_in: bool) ->
     work : callable
         Takes items until there are none left, without the GIL; safe to run on any thread.
     stop : callable
-        Makes every running ``work`` return soon.
+        Makes every running ``work``, and each that begins later, return soon.
     threads : int
         How many threads.
     join_in : bool
@@ -178,27 +231,36 @@ def run(work: Task, stop: Callable[[], None], threads: int, *, join_in: bool) ->
         long calls leave all work to the pool and wait, which a signal interrupts at once.
     """
     helpers = threads - 1 if join_in else threads
+    if sys.is_finalizing():  # the pool's threads have stopped for good
+        helpers = 0
     helpers = min(helpers, _grow(_state, helpers)) if helpers else 0
     if helpers == 0:
         work()
         return
-    job = _Job(work)
-    tasks = _state.tasks
-    for _ in range(helpers):
-        tasks.put(job)
-    waiting = helpers
+    job, tasks = _Job(work, stop), _state.tasks
+    interrupt: BaseException | None = None
     try:
-        if join_in:
-            work()
-        while waiting:
-            job.finished.acquire()
-            waiting -= 1
-    except BaseException:
-        # Nothing may touch the caller's arrays once the error has left this function.
-        stop()
-        while waiting:
-            job.finished.acquire()
-            waiting -= 1
-        raise
-    if job.error is not None:
-        raise job.error
+        while not job.over:
+            # Nothing may touch the caller's arrays once an error has left this function, so an
+            # interrupt, or a second one, only changes what is waited for.
+            try:
+                if interrupt is not None:
+                    stop()
+                    job.nothing_is_left()
+                else:
+                    for _ in range(helpers):
+                        tasks.put(job)
+                    if join_in:
+                        work()
+                        job.nothing_is_left()
+                job.wait()
+            except BaseException as error:
+                interrupt = error if interrupt is None else interrupt
+        if interrupt is not None:
+            raise interrupt
+        if job.error is not None:
+            raise job.error
+    finally:
+        if not job.over:  # a third interrupt, between two instructions of the loop
+            stop()
+        interrupt = job.error = None  # a traceback and its frames would keep each other alive
