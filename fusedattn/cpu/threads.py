@@ -30,23 +30,22 @@ Task = Callable[[], None]
 
 def available_cpus() -> int:
     """CPUs this process may use: its affinity mask, cut by the cgroup's quota."""
+    cpus = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cpus = len(os.sched_getaffinity(0))
-    else:
-        cpus = os.cpu_count() or 1
     quota = _cgroup_quota()
-    return max(1, min(cpus, math.ceil(quota))) if quota is not None else max(1, cpus)
+    return cpus if quota is None else max(1, min(cpus, math.ceil(quota)))
 
 
 def _cgroup_quota(proc: Path = Path("/proc"), root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """CPUs' worth of time that the process's cgroup (v2 or v1) or a parent of it allows, if limited."""
+    """CPUs' worth of time that the process's cgroup (v1 or v2), or a parent, allows, if limited."""
     try:
         text = (proc / "self/cgroup").read_text(errors="surrogateescape")
     except OSError:
         return None
     limits = []
     for line in text.splitlines():
-        _, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
         if not path:
             continue
         if controllers == "":
@@ -87,7 +86,9 @@ def _default_threads() -> int:
     if text is None or not text.strip():
         return available_cpus()
     if not text.strip().isdecimal() or not 1 <= int(text) <= MOST_THREADS:
-        raise ValueError(f"{_VARIABLE} must be an integer from 1 to {MOST_THREADS}, but is {text!r}")
+        raise ValueError(
+            f"{_VARIABLE} must be an integer from 1 to {MOST_THREADS}, but is {text!r}"
+        )
     return int(text)
 
 
