@@ -50,8 +50,8 @@ def main(
     try:
         tokens = tokenize(chosen)
         model, exact_model = load_model(np.float32), load_model(np.float64)
-    except ModuleNotFoundError as error:
-        console.print(f"{error}: {INSTALL}", markup=False, soft_wrap=True)
+    except ModuleNotFoundError as missing:
+        console.print(f"{missing}: {INSTALL}", markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
     embed = embed_packed if arrangement is Arrangement.packed else embed_padded
     vectors = embed(model, tokens, backend=backend.value)
@@ -70,12 +70,12 @@ def main(
             f"at least {near.min():.3f} against at most {far.max():.3f}."
         )
     console.print(work(tokens, arrangement))
-    error = float(np.abs(vectors - exact).max())
+    difference = float(np.abs(vectors - exact).max())
     console.print(
-        f"Largest difference to the float64 reference: {error:.1e} (promised: {PROMISED:.0e})."
+        f"Largest difference to the float64 reference: {difference:.1e} (promised: {PROMISED:.0e})."
     )
     # Written so that NaN fails.
-    if not (error <= PROMISED and separated):
+    if not (difference <= PROMISED and separated):
         raise typer.Exit(1)
 
 
