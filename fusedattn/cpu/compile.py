@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from numba.core.ccallback import CFunc
 
 from fusedattn.cpu.cache import KernelCache, fetch
 from fusedattn.cpu.forward import RESCUE_SIGNATURES, worker
+from fusedattn.cpu.half import link_half
 from fusedattn.cpu.memory import compile_kernels, numba_signature
 from fusedattn.cpu.micro import SIGNATURES, emit_module
 from fusedattn.cpu.tile import Tile
@@ -26,6 +28,13 @@ Worker = Callable[[int, int], int]
 
 _lock = threading.RLock()
 _rescue: list[Any] = []
+
+if hasattr(os, "register_at_fork"):
+    # A fork in the midst of compiling would leave the child a lock that nobody opens: it waits.
+    os.register_at_fork(
+        before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
+    )
+
 
 class Micro(NamedTuple):
     """The micro-kernels of a tile shape: addresses by name, and what keeps them in memory."""
@@ -49,8 +58,18 @@ def once(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+@once
+def _link_half() -> Any:
+    """Provide the conversion of float16 where the processor may not have it."""
+    machine, features = host_machine(), config.CPU_FEATURES
+    features = llvm.get_host_cpu_features().flatten() if features is None else features
+    has_it = "+f16c" in features or machine.triple.startswith(("aarch64", "arm64"))
+    return None if has_it else link_half(machine)
+
+
 def _compile(name: str, function: Any, signature: str) -> Any:
     """Compile one entry point through Numba, or load it; ``.address`` is where it lies."""
+    _link_half()
     kind = numba_signature(signature)
     compiled = CFunc(
         function, (kind.args, kind.return_type), locals={}, options={"error_model": "numpy"}
@@ -90,8 +109,7 @@ def known_rescue() -> tuple[int, ...] | None:
 @once
 def get_micro(tile: Tile) -> Micro:
     """Return the micro-kernels of a tile shape."""
-    llvm.initialize_native_target()
-    llvm.initialize_native_asmprinter()
+    _link_half()
     code = fetch(f"micro-{tile.storage}-{tile.out_storage}", tile, lambda: compile_micro(tile))
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), host_machine())
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
@@ -100,8 +118,12 @@ def get_micro(tile: Tile) -> Micro:
     return Micro(addresses, engine)
 
 
-def host_machine(cpu: str | None = None, features: str | None = None, triple: str | None = None) -> Any:
+def host_machine(
+    cpu: str | None = None, features: str | None = None, triple: str | None = None
+) -> Any:
     """Return LLVM's machine for this host, or for another one that is named."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
     triple = triple or llvm.get_process_triple()
     if cpu is None:
         cpu = config.CPU_NAME or llvm.get_host_cpu_name()

@@ -50,9 +50,11 @@ def numba_signature(signature: str) -> Any:
 def compile_kernels() -> None:
     """Compile the `kernel` functions seen so far, for their declared signatures and no others."""
     while KERNELS:
-        dispatcher, signature = KERNELS.pop(0)
+        dispatcher, signature = KERNELS[0]
         dispatcher.compile(signature.args)
         dispatcher.disable_compile()
+        del KERNELS[0]  # not before, or an interrupt would leave it half done
+
 
 STORAGE_CODE = {name: code for code, name in enumerate(STORAGE_BYTES)}
 
