@@ -1,8 +1,8 @@
 """Compiled kernels on disk, so that only the first process of a machine waits for the compiler.
 
 Numba's own cache looks at the file of the function it compiles and would run stale code after a
-change to the emitters in another file. Here the key is what the machine code depends on: the
-source of this package's kernels, the tile shape, the CPU and the versions of the compilers. A file that
+change to the emitters in another file. Here the key is what the machine code depends on: the source
+of this package's kernels, the tile shape, the CPU and the versions of the compilers. A file that
 cannot be read, or is not whole, counts as absent; one that cannot be written is not missed.
 """
 
@@ -21,10 +21,15 @@ from typing import Any
 
 _VARIABLE = "FUSEDATTN_CACHE_DIR"
 _DIGEST_BYTES = hashlib.sha256().digest_size
+# A folder in which nothing can be read or written.
+_NOWHERE = Path(os.devnull, "fusedattn")
 
 
 def cache_dir() -> Path:
-    """Return the folder for compiled kernels; ``FUSEDATTN_CACHE_DIR`` overrides the default."""
+    """Return the folder for compiled kernels; ``FUSEDATTN_CACHE_DIR`` overrides the default.
+
+    Where the user has no home, nothing is kept.
+    """
     chosen = os.environ.get(_VARIABLE)
     if chosen:
         return Path(chosen)
@@ -34,7 +39,10 @@ def cache_dir() -> Path:
         base = "~/Library/Caches"
     else:
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "fusedattn"
+    try:
+        return Path(base).expanduser() / "fusedattn"
+    except RuntimeError:
+        return _NOWHERE
 
 
 @functools.cache
@@ -53,13 +61,14 @@ def _key(detail: object) -> str:
     from llvmlite import binding
     from numba.core import config
 
+    features = config.CPU_FEATURES  # an empty text is a choice
     parts = (
         sys.version,
         numba.__version__,
         llvmlite.__version__,
         binding.get_process_triple(),
         config.CPU_NAME or binding.get_host_cpu_name(),
-        config.CPU_FEATURES or binding.get_host_cpu_features().flatten(),
+        binding.get_host_cpu_features().flatten() if features is None else features,
         config.OPT,
         detail,
     )
@@ -67,7 +76,11 @@ def _key(detail: object) -> str:
 
 
 def _path(name: str, detail: object) -> Path:
-    return cache_dir() / f"{name}-{_key(detail)}.bin"
+    try:
+        key = _key(detail)
+    except OSError:  # the sources are not there to be read: nothing tells versions apart
+        return _NOWHERE
+    return cache_dir() / f"{name}-{key}.bin"
 
 
 def _read(path: Path) -> bytes | None:
