@@ -27,15 +27,12 @@ from fusedattn.cpu.memory import (
     get_i32,
     get_i64,
     get_real,
-    get_u8,
     kernel,
     larger,
     smaller,
-    read_storage,
     set_i32,
     set_i64,
     set_real,
-    set_u8,
 )
 from fusedattn.cpu.micro import LOG2_E, SIGNATURES
 from fusedattn.cpu.params import PARAMS, params_at
@@ -47,7 +44,7 @@ STOP = 1 << 62
 NEEDS_RESCUE = 1
 
 # What a tile of the dense mask holds.
-NONE_SEEN, SOME_SEEN, ALL_SEEN = 0, 1, 2
+NONE_SEEN, SOME_SEEN, ALL_SEEN, EACH_KEY_SEEN = 0, 1, 2, 4
 
 # Where the counter lies in the record.
 COUNTER = PARAMS.fields["counter"][1]
@@ -59,7 +56,7 @@ row_interval = kernel("iiiii>ii")(masks.row_interval)
 RESCUE_SIGNATURES = {"mark_visible": "iiiiiii>", "rescue": "iiii>i"}
 mark_visible, rescue = (native(signature) for signature in RESCUE_SIGNATURES.values())
 (
-    scores, weights, accumulate, hide_outside, hide_masked, multiply, softcap, alibi, add, drop,
+    scores, weights, accumulate, hide_outside, hide_masked, mask_tile, bias_tile, multiply, softcap, alibi, add, drop,
     pack, unpack, stage, copy, _,
 ) = (native(signature) for signature in SIGNATURES.values())  # fmt: skip
 
@@ -126,48 +123,6 @@ def fill_lanes(params, w, batch, head, row, count, panels):
         set_i64(bounds, 4 * panel + 2, last_low)
         set_i64(bounds, 4 * panel + 3, first_high)
 
-@kernel("iiiii>ii")
-def load_mask(params, w, panel, first_key, n):
-    """Transpose a tile of the dense mask to ``[key][lane]``; say what it holds.
-
-    Returns the kind of tile and whether each key is seen by some row.
-    """
-    p = params_at(params)
-    tile_at, seen = w + p.at_mask_tile, w + p.at_seen
-    rows, step, lanes = w + p.at_mask_rows, p.mask_key, p.lanes
-    count = 0
-    for j in range(n):
-        set_u8(seen, j, 0)
-    for lane in range(lanes):
-        row = get_i64(rows, panel * lanes + lane) + first_key * step
-        for j in range(n):
-            bit = 1 if get_u8(row, j * step) else 0
-            set_u8(tile_at, j * lanes + lane, bit)
-            count += bit
-            if bit:
-                set_u8(seen, j, 1)
-    keys_seen = 0
-    for j in range(n):
-        keys_seen += get_u8(seen, j)
-    kind = SOME_SEEN
-    if count == 0:
-        kind = NONE_SEEN
-    elif count == n * lanes:
-        kind = ALL_SEEN
-    return kind, keys_seen == n
-
-@kernel("iiiii>")
-def load_bias(params, w, panel, first_key, n):
-    """Transpose a tile of the bias to ``[key][lane]`` in the accumulator type."""
-    p = params_at(params)
-    tile_at, rows, lanes = w + p.at_bias_tile, w + p.at_bias_rows, p.lanes
-    step, storage, size = p.bias_key, p.bias_storage, p.real_bytes
-    for lane in range(lanes):
-        at = get_i64(rows, panel * lanes + lane) + first_key * step
-        for j in range(n):
-            set_real(tile_at, j * lanes + lane, size, read_storage(at + j * step, storage))
-
-
 @kernel("iiiii>")
 def natural_units(params, w, panel, first_key, n):
     """The passes over a tile of raw scores whose order the specification fixes."""
@@ -182,8 +137,10 @@ def natural_units(params, w, panel, first_key, n):
         slope = w + p.at_slope + panel * p.lanes * p.real_bytes
         alibi(p.run_alibi, s, n, first_key, positions, slope)
     if p.bias:
-        load_bias(params, w, panel, first_key, n)
-        add(p.run_add, s, n, w + p.at_bias_tile)
+        tile_at, table = w + p.at_bias_tile, w + p.at_bias_rows + panel * p.lanes * 8
+        offset, step = first_key * p.bias_key, p.bias_key
+        bias_tile(p.run_bias_tile, tile_at, table, offset, step, n, p.bias_storage)
+        add(p.run_add, s, n, tile_at)
 
 @kernel("iiiiiiiiii>")
 def attend_tile(params, w, batch, panel, first_key, n, keys, k_stride, values, v_stride):
@@ -193,7 +150,10 @@ def attend_tile(params, w, batch, panel, first_key, n, keys, k_stride, values, v
     bounds = w + p.at_bounds
     mask_kind, each_key_seen = ALL_SEEN, True
     if p.mask:
-        mask_kind, each_key_seen = load_mask(params, w, panel, first_key, n)
+        tile_at, table = w + p.at_mask_tile, w + p.at_mask_rows + panel * p.lanes * 8
+        offset, step = first_key * p.mask_key, p.mask_key
+        found = mask_tile(p.run_mask_tile, tile_at, table, offset, step, n, w + p.at_seen)
+        mask_kind, each_key_seen = found & 3, found >= EACH_KEY_SEEN
         if mask_kind == NONE_SEEN:
             return
     head_dim, head_dim_v, row_bytes = p.head_dim, p.head_dim_v, p.lanes * p.real_bytes

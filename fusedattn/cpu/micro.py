@@ -23,7 +23,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from fusedattn.cpu.simd import DOUBLE, I8, I32, I64, Emitter, define
+from fusedattn.cpu.simd import DOUBLE, I1, I8, I32, I64, Emitter, define
 from fusedattn.cpu.tile import STORAGE_BYTES, Tile
 from fusedattn.philox import KEY_STEPS, MULTIPLIERS, ROUNDS
 
@@ -100,6 +100,8 @@ SIGNATURES = {
     "accumulate": "iiiiiii>",
     "hide_outside": "iiiii>",
     "hide_masked": "iii>",
+    "mask_tile": "iiiiii>i",
+    "bias_tile": "iiiiii>",
     "multiply": "iif>",
     "softcap": "iif>",
     "alibi": "iiiii>",
@@ -203,7 +205,7 @@ class _Writer:
             k = build.shl(pair, I64(1))
             multiply(k)
             multiply(build.add(k, I64(1)))
-        with build.if_then(build.trunc(n, ir.IntType(1))):
+        with build.if_then(build.trunc(n, I1)):
             multiply(build.shl(pairs, I64(1)))
         return [[build.load(place) for place in row] for row in sums]
 
@@ -284,18 +286,28 @@ class _Writer:
         lowest = e.splat_const(UNSEEN[e.bits])
         floor = e.splat_const(-float(EXPONENT_BITS[e.bits]))
 
-        largest = [e.variable(lowest) for _ in vectors]
-        with e.loop(n) as j:
+        # Two maxima in turn: one chain would wait for its own latency.
+        largest = [[e.variable(lowest) for _ in vectors] for _ in range(2)]
+
+        def maximise(j: ir.Value, turn: int) -> None:
             row = e.pointer(e.offset(s, j, self.row_bytes))
             for v in vectors:
-                value = e.larger(self._load(e, row, v), build.load(largest[v]))
-                build.store(value, largest[v])
+                value = e.larger(self._load(e, row, v), build.load(largest[turn][v]))
+                build.store(value, largest[turn][v])
+
+        pairs = build.ashr(n, I64(1))
+        with e.loop(pairs) as pair:
+            maximise(build.shl(pair, I64(1)), 0)
+            maximise(build.add(build.shl(pair, I64(1)), I64(1)), 1)
+        with build.if_then(build.trunc(n, I1)):
+            maximise(build.shl(pairs, I64(1)), 0)
 
         old = self._vectors(e, running_max)
         shift, rescale = [], []
         any_large = e.variable(ir.Constant(ir.IntType(self.tile.width), 0))
         for v in vectors:
-            new = e.larger(e.ceil(build.fmul(build.load(largest[v]), factor)), old[v])
+            row_max = e.larger(build.load(largest[0][v]), build.load(largest[1][v]))
+            new = e.larger(e.ceil(build.fmul(row_max, factor)), old[v])
             shift.append(new)
             power, _ = self._split_exponent(e, e.larger(build.fsub(old[v], new), floor))
             rescale.append(power)
@@ -464,6 +476,93 @@ class _Writer:
             ]
             keys = [build.add(key, I32(step)) for key, step in zip(keys, KEY_STEPS, strict=True)]
         return counter
+
+    # --- tiles of the dense mask and of the bias -----------------------------------------------
+
+    def _transposed(self, e: Emitter, table, offset, step, n, dense, block, single) -> None:  # type: ignore[no-untyped-def]
+        """Walk ``n`` keys of the rows in ``table`` from a byte offset on.
+
+        ``block(first key, vector, addresses)`` handles ``width`` keys of ``width`` lanes that lie
+        densely, ``single(key, lane, address)`` one element.
+        """
+        build, width = e.builder, self.tile.width
+        blocks = build.select(dense, build.sdiv(n, I64(width)), I64(0))
+        with e.loop(blocks) as b:
+            first = build.mul(b, I64(width))
+            at = build.add(offset, build.mul(first, step))
+            for v in range(self.tile.vectors):
+                rows = [e.load(e.offset(table, v * width + i, 8), I64, 8) for i in range(width)]
+                block(first, v, [build.add(row, at) for row in rows])
+        done = build.mul(blocks, I64(width))
+        with e.loop(build.sub(n, done)) as i, e.loop(self.tile.lanes) as lane:
+            key = build.add(done, i)
+            row = e.load(e.offset(table, lane, 8), I64, 8)
+            single(key, lane, build.add(row, build.add(offset, build.mul(key, step))))
+
+    def mask_tile(self, e: Emitter, target, table, offset, step, n, seen) -> ir.Value:  # type: ignore[no-untyped-def]
+        """Bytes of the mask as ``target[key][lane]``; ``seen[key]``: whether some lane sees it.
+
+        Returns 0 if no entry is true and 2 if all are, else 1; plus 4 if each key is seen.
+        """
+        build, width, lanes = e.builder, self.tile.width, self.tile.lanes
+        byte_vec = ir.VectorType(I8, width)
+
+        def block(first: ir.Value, v: int, addresses: list[ir.Value]) -> None:
+            for i, keys in enumerate(e.transpose([e.load(a, byte_vec) for a in addresses])):
+                row = e.offset(target, build.add(first, I64(i)), lanes)
+                e.store(keys, build.add(row, I64(v * width)))
+
+        def single(key: ir.Value, lane: ir.Value, address: ir.Value) -> None:
+            e.store(e.load(address, I8), build.add(e.offset(target, key, lanes), lane))
+
+        dense = build.icmp_signed("==", step, I64(1))
+        self._transposed(e, table, offset, step, n, dense, block, single)
+
+        none, every = e.splat_int(0, byte_vec), ir.Constant(ir.IntType(width), -1)
+        any_bits, all_bits = (e.variable(x) for x in (ir.Constant(every.type, 0), every))
+        keys_seen = e.variable(I64(0))
+        with e.loop(n) as j:
+            key_bits = ir.Constant(every.type, 0)
+            for v in range(self.tile.vectors):
+                values = e.load(build.add(e.offset(target, j, lanes), I64(v * width)), byte_vec)
+                bits = build.bitcast(build.icmp_unsigned("!=", values, none), every.type)
+                key_bits = build.or_(key_bits, bits)
+                build.store(build.and_(build.load(all_bits), bits), all_bits)
+            build.store(build.or_(build.load(any_bits), key_bits), any_bits)
+            is_seen = build.icmp_unsigned("!=", key_bits, ir.Constant(every.type, 0))
+            e.store(build.zext(is_seen, I8), build.add(seen, j))
+            build.store(build.add(build.load(keys_seen), build.zext(is_seen, I64)), keys_seen)
+        some = build.icmp_unsigned("!=", build.load(any_bits), ir.Constant(every.type, 0))
+        full = build.icmp_unsigned("==", build.load(all_bits), every)
+        complete = build.icmp_signed("==", build.load(keys_seen), n)
+        kind = build.select(full, I64(2), build.zext(some, I64))
+        return build.add(kind, build.select(complete, I64(4), I64(0)))
+
+    def bias_tile(self, e: Emitter, target, table, offset, step, n, storage) -> None:  # type: ignore[no-untyped-def]
+        """A tile of the bias as ``target[key][lane]`` in the accumulator type."""
+        build, width, size = e.builder, self.tile.width, self.tile.real_bytes
+        for code, (name, stored) in enumerate(STORAGE_BYTES.items()):
+
+            def block(
+                first: ir.Value, v: int, addresses: list[ir.Value], name: str = name
+            ) -> None:
+                rows = [e.load_storage(address, name, width) for address in addresses]
+                for i, keys in enumerate(e.transpose(rows)):
+                    row = e.pointer(e.offset(target, build.add(first, I64(i)), self.row_bytes))
+                    self._store(e, keys, row, v)
+
+            def single(
+                key: ir.Value, lane: ir.Value, address: ir.Value, name: str = name
+            ) -> None:
+                place = e.offset(e.offset(target, key, self.row_bytes), lane, size)
+                e.store(e.load_storage(address, name), place)
+
+            # A bias mostly comes in the type of its scores, or of the queries: those go by blocks.
+            common = name in (self.tile.storage, f"float{self.tile.bits}")
+            dense = build.icmp_signed("==", step, I64(stored if common else -1))
+            with build.if_then(build.icmp_signed("==", storage, I64(code))):
+                walk = block if common else lambda *_: None
+                self._transposed(e, table, offset, step, n, dense, walk, single)
 
     # --- moving rows in and out ----------------------------------------------------------------
 

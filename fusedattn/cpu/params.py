@@ -322,5 +322,7 @@ def _lower_scratch(tile: Tile, record: NDArray[Any]) -> None:
     at = 0
     for name in _SCRATCH:
         record[f"at_{name}"] = at
-        at += -(-sizes[name] // 64) * 64
+        # Not a multiple of 4 KiB apart: a load that shares its low address bits with a store in
+        # flight has to wait for it.
+        at += -(-sizes[name] // 64) * 64 + 1088
     record["scratch_bytes"] = at
