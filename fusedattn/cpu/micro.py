@@ -385,11 +385,13 @@ class _Writer:
         self._each(e, s, n, lambda _v, _j, value: e.builder.fmul(value, by))
 
     def add(self, e: Emitter, s, n, bias) -> None:  # type: ignore[no-untyped-def]
-        """``S[j][lane] + bias[j][lane]``."""
+        """``S[j][lane] + bias[j][lane]``; a bias of minus infinity hides whatever the score is."""
+        build, hidden = e.builder, e.splat_const(float("-inf"))
 
         def change(v: int, j: ir.Value, value: ir.Value) -> ir.Value:
-            row = e.pointer(e.offset(bias, j, self.row_bytes))
-            return e.builder.fadd(value, self._load(e, row, v))
+            added = self._load(e, e.pointer(e.offset(bias, j, self.row_bytes)), v)
+            hides = build.fcmp_ordered("==", added, hidden)
+            return build.select(hides, hidden, build.fadd(value, added))
 
         self._each(e, s, n, change)
 

@@ -155,6 +155,7 @@ class Template:
         self.scratch_bytes = int(self.record["scratch_bytes"])
         self.items = int(self.record["items"])
         self._accumulator = problem.accumulator
+        self._slopes_shape = problem.lse_shape[:-1]
         self._image = self.record.tobytes()
 
     def bind(
@@ -179,7 +180,8 @@ class Template:
                 words[index] = address_of(array)
         # Slopes and sinks count in the accumulator type, whatever they are stored in.
         if slopes is not None:
-            slopes = slopes.astype(self._accumulator).astype(np.float64, order="C")
+            slopes = slopes.astype(self._accumulator).astype(np.float64)
+            slopes = np.ascontiguousarray(np.broadcast_to(slopes, self._slopes_shape))
             words[_SLOPES] = address_of(slopes)
         if sinks is not None:
             sinks = sinks.astype(self._accumulator).astype(np.float64, order="C")
