@@ -18,8 +18,9 @@ from fusedattn.problem import AttentionProblem, Lengths, Result
 
 # Below this much work waking a thread costs more than it saves.
 ALONE_FLOPS = 5_000_000
-# Above this much work (some hundredths of a second) the caller only waits, so that Ctrl-C is heard.
-LONG_FLOPS = 2_000_000_000
+# Above this much work (some milliseconds) the caller only waits, so that Ctrl-C is heard: were every
+# row to take the exact path, which is 200 times as slow, its own share could last half a second.
+LONG_FLOPS = 300_000_000
 # Numbers of rows that call for each of the panel widths.
 WARMUP_ROWS = (1, 32, 4096)
 
