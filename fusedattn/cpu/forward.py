@@ -37,6 +37,7 @@ from fusedattn.cpu.memory import (
 from fusedattn.cpu.micro import LOG2_E, SIGNATURES
 from fusedattn.cpu.params import PARAMS, params_at
 from fusedattn.cpu.simd import native
+from fusedattn.cpu.tile import ROWS_TOGETHER
 
 # A counter at or above this value tells the workers to stop.
 STOP = 1 << 62
@@ -57,7 +58,7 @@ RESCUE_SIGNATURES = {"mark_visible": "iiiiiii>", "rescue": "iiii>i"}
 mark_visible, rescue = (native(signature) for signature in RESCUE_SIGNATURES.values())
 (
     scores, weights, accumulate, hide_outside, hide_masked, mask_tile, bias_tile, multiply, softcap, alibi, add, drop,
-    pack, unpack, stage, copy, _,
+    pack, unpack, stage, copy, gather, row_scores, _, row_accumulate, _, _,
 ) = (native(signature) for signature in SIGNATURES.values())  # fmt: skip
 
 
@@ -142,9 +143,12 @@ def natural_units(params, w, panel, first_key, n):
         bias_tile(p.run_bias_tile, tile_at, table, offset, step, n, p.bias_storage)
         add(p.run_add, s, n, tile_at)
 
-@kernel("iiiiiiiiii>")
-def attend_tile(params, w, batch, panel, first_key, n, keys, k_stride, values, v_stride):
-    """One tile of scores: ``n`` keys from ``first_key`` on against one panel of rows."""
+@kernel("iiiiiiiiiiii>")
+def attend_tile(params, w, batch, panel, first_key, n, keys, k_stride, values, v_stride, groups, staged):
+    """One tile of scores: ``n`` keys from ``first_key`` on against one panel of rows.
+
+    ``groups`` of rows if there are few; ``staged``: bits 1 and 2 say that keys and values are reals.
+    """
     p = params_at(params)
     s = w + p.at_scores_tile
     bounds = w + p.at_bounds
@@ -157,8 +161,13 @@ def attend_tile(params, w, batch, panel, first_key, n, keys, k_stride, values, v
         if mask_kind == NONE_SEEN:
             return
     head_dim, head_dim_v, row_bytes = p.head_dim, p.head_dim_v, p.lanes * p.real_bytes
-    queries = w + p.at_queries + panel * head_dim * row_bytes
-    scores(p.run_scores, keys, k_stride, n, queries, s, head_dim)
+    if p.few_rows:
+        run = p.run_row_scores_of_reals if staged & 1 else p.run_row_scores
+        queries, stride = w + p.at_row_queries, p.row_queries_stride
+        row_scores(run, keys, k_stride, n, queries, stride, s, head_dim, groups)
+    else:
+        queries = w + p.at_queries + panel * head_dim * row_bytes
+        scores(p.run_scores, keys, k_stride, n, queries, s, head_dim)
     if p.natural_units:
         natural_units(params, w, panel, first_key, n)
     at_lane = panel * p.lanes * 4
@@ -178,12 +187,56 @@ def attend_tile(params, w, batch, panel, first_key, n, keys, k_stride, values, v
         drop(p.run_drop, s, n, first_key, threshold, seed, rows + at_lane, heads + at_lane, batch)
     if not each_key_seen:
         # What no row of the panel may see may hold anything: it is not even multiplied by 0.
-        target, stride = w + p.at_seen_values, p.values_stride
-        keep, size = w + p.at_seen, p.real_bytes
-        copy(p.run_copy, target, stride, values, v_stride, size, n, head_dim_v, keep)
-        values, v_stride = target, stride
-    output = w + p.at_output + panel * head_dim_v * row_bytes
-    accumulate(p.run_accumulate, values, v_stride, n, s, output, head_dim_v, alpha)
+        target, stride, keep = w + p.at_seen_values, p.values_stride, w + p.at_seen
+        if staged & 2:
+            size = p.real_bytes
+            copy(p.run_copy, target, stride, values, v_stride, size, n, head_dim_v, keep)
+        else:
+            stage(p.run_stage, target, stride, values, v_stride, p.v_dim, n, head_dim_v, keep)
+        values, v_stride, staged = target, stride, staged | 2
+    if p.few_rows:
+        run = p.run_row_accumulate_of_reals if staged & 2 else p.run_row_accumulate
+        output, stride = w + p.at_row_output, p.row_output_stride
+        row_accumulate(run, values, v_stride, n, s, output, stride, head_dim_v, alpha, groups)
+    else:
+        output = w + p.at_output + panel * head_dim_v * row_bytes
+        accumulate(p.run_accumulate, values, v_stride, n, s, output, head_dim_v, alpha)
+
+
+@kernel("iii>")
+def load_rows(params, w, groups):
+    """Few rows: copy the queries as rows of reals, and begin the rows of output at 0."""
+    p = params_at(params)
+    full = p.head_dim // p.width * p.width
+    left = p.head_dim - full
+    for row in range(groups * ROWS_TOGETHER):
+        target, source = w + p.at_row_queries + row * p.row_queries_stride, w + p.at_q_rows
+        stage(p.run_stage, target, 0, get_i64(source, row), 0, p.q_dim, 1, p.head_dim, 0)
+        if left:  # to the end of the overlapping vector, zeros before it
+            for i in range(p.width):
+                lane = p.width - 1 - i
+                value = get_real(target, full + left - 1 - i, p.real_bytes) if i < left else 0.0
+                set_real(target, full + lane, p.real_bytes, value)
+    clear(w + p.at_row_output, groups * ROWS_TOGETHER * p.row_output_stride)
+    clear(w + p.at_scores_tile, p.block_k * p.lanes * p.real_bytes)
+
+
+@kernel("iii>")
+def gather_rows(params, w, count):
+    """Few rows: turn the rows of output into the panel that `finish` expects."""
+    p = params_at(params)
+    full = p.head_dim_v // p.width * p.width
+    left = p.head_dim_v - full
+    for lane in range(p.lanes):
+        row = w + p.at_row_output + smaller(lane, count - 1) * p.row_output_stride
+        if left and lane < count:
+            for i in range(left):
+                value = get_real(row, full + p.width - left + i, p.real_bytes)
+                set_real(row, full + i, p.real_bytes, value)
+        set_i64(w + p.at_q_rows, lane, row)
+    table, size = w + p.at_q_rows, p.real_bytes
+    gather(p.run_gather, w + p.at_output, table, size, p.head_dim_v, 1.0)
+
 
 @kernel("ii>")
 def clear(address, size):
@@ -192,8 +245,8 @@ def clear(address, size):
         set_i64(address, i, 0)
 
 
-@kernel("iiiiii>b")
-def attend(params, w, batch, kv_head, panels, alone):
+@kernel("iiiiiii>b")
+def attend(params, w, batch, kv_head, count, panels, alone):
     """Walk the key blocks of an item whose lane tables stand. False if told to stop.
 
     ``alone``: all lanes are one row, and keys hidden from it enter as zeros (see the rescue).
@@ -206,13 +259,18 @@ def attend(params, w, batch, kv_head, panels, alone):
     for panel in range(panels):
         low = smaller(low, get_i64(bounds, 4 * panel))
         high = larger(high, get_i64(bounds, 4 * panel + 1))
-        table = w + p.at_q_rows + panel * lanes * 8
-        queries = w + p.at_queries + panel * head_dim * lanes * size
-        pack(p.run_pack, queries, table, p.q_dim, head_dim, p.query_sign)
+        if not p.few_rows:
+            table = w + p.at_q_rows + panel * lanes * 8
+            queries = w + p.at_queries + panel * head_dim * lanes * size
+            pack(p.run_pack, queries, table, p.q_dim, head_dim, p.query_sign)
     for i in range(panels * lanes):
         set_real(w + p.at_row_max, i, size, p.unseen)
     clear(w + p.at_row_sum, panels * lanes * size)
-    clear(w + p.at_output, panels * lanes * head_dim_v * size)
+    groups = (count + ROWS_TOGETHER - 1) // ROWS_TOGETHER
+    if p.few_rows:
+        load_rows(params, w, groups)
+    else:
+        clear(w + p.at_output, panels * lanes * head_dim_v * size)
 
     k = p.k + get_i64(p.k_offsets, batch)
     v = p.v + get_i64(p.v_offsets, batch)
@@ -225,6 +283,7 @@ def attend(params, w, batch, kv_head, panels, alone):
     if alone:
         stage_k = stage_v = 1
         keep_k, keep_v = w + p.at_keep_k, w + p.at_keep_v
+    staged = (1 if stage_k else 0) + (2 if stage_v else 0)
     block = low // block_k * block_k
     while block < high:
         if get_atomic(counter) >= STOP:
@@ -235,20 +294,25 @@ def attend(params, w, batch, kv_head, panels, alone):
         if alone:
             mark_visible(p.run_mark_visible, params, w, batch, begin, end - begin, keep_k, keep_v)
         if stage_k:
-            staged, k_stride = w + p.at_keys, p.keys_stride
-            stage(p.run_stage, staged, k_stride, keys, k_row, k_dim, end - begin, head_dim, keep_k)
-            keys = staged
+            copied, k_stride = w + p.at_keys, p.keys_stride
+            stage(p.run_stage, copied, k_stride, keys, k_row, k_dim, end - begin, head_dim, keep_k)
+            keys = copied
         if stage_v:
-            staged, v_stride = w + p.at_values, p.values_stride
-            stage(p.run_stage, staged, v_stride, values, v_row, v_dim, end - begin, head_dim_v, keep_v)
-            values = staged
+            copied, v_stride = w + p.at_values, p.values_stride
+            stage(p.run_stage, copied, v_stride, values, v_row, v_dim, end - begin, head_dim_v, keep_v)
+            values = copied
         for panel in range(panels):
             first = larger(begin, get_i64(bounds, 4 * panel))
             last = smaller(end, get_i64(bounds, 4 * panel + 1))
             if first < last:
                 at_k, at_v = keys + (first - begin) * k_stride, values + (first - begin) * v_stride
-                attend_tile(params, w, batch, panel, first, last - first, at_k, k_stride, at_v, v_stride)
+                attend_tile(
+                    params, w, batch, panel, first, last - first, at_k, k_stride, at_v, v_stride,
+                    groups, staged,
+                )  # fmt: skip
         block += block_k
+    if p.few_rows:
+        gather_rows(params, w, count)
     return True
 
 @kernel("iiiii>i")
@@ -268,7 +332,11 @@ def finish(params, w, batch, count, panels):
     used_q = get_i64(p.seqused_q, batch)
     keep_scale = p.keep_scale
     size, row_bytes = p.real_bytes, p.lanes * p.real_bytes
+    factor = 0.0
     for lane in range(panels * p.lanes):
+        if lane >= count:  # repeats the last row
+            set_real(factors, lane, size, factor)
+            continue
         total, shift, factor = get_real(sums, lane, size), get_real(maxima, lane, size), 0.0
         if total != 0.0:
             factor = keep_scale / total
@@ -284,7 +352,7 @@ def finish(params, w, batch, count, panels):
             total = total * rescale + 2.0 ** (sink_log2 - common)
             factor, shift = keep_scale * rescale / total, common
         set_real(factors, lane, size, factor)
-        if lse and lane < count:
+        if lse:
             at = (batch * num_heads + get_i32(heads, lane)) * seqlen_q
             value = sink if total == 0.0 else (shift + math.log2(total)) * LN_2
             set_real(lse, at + get_i32(rows, lane), size, value)
@@ -326,7 +394,7 @@ def worker(params, scratch):
         panels = (count + lanes - 1) // lanes
         fill_lanes(params, scratch, batch, head + row // seqlen_q, row % seqlen_q, count, panels)
         kv_head = head // p.group_size
-        if not attend(params, scratch, batch, kv_head, panels, 0):
+        if not attend(params, scratch, batch, kv_head, count, panels, 0):
             break
         bad = finish(params, scratch, batch, count, panels)
         if bad and not p.run_rescue:

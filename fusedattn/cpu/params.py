@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fusedattn.cpu.memory import STORAGE_CODE, view_as
 from fusedattn.cpu.micro import LOG2_E, SIGNATURES, UNSEEN
-from fusedattn.cpu.tile import Tile, tile_for
+from fusedattn.cpu.tile import FEW_ROWS, Tile, tile_for
 from fusedattn.masks import relative_bounds
 from fusedattn.problem import AttentionProblem, Lengths
 
@@ -29,7 +29,7 @@ STORAGE_NAME = {
 }
 
 # Up to so many rows per head, the heads of a KV group share the lanes of an item.
-FEW_ROWS = 96
+SHARED_ROWS = 96
 
 # An operand is an address, three strides in bytes and the address of its batch offsets.
 _OPERANDS = {
@@ -44,7 +44,7 @@ _OPERANDS = {
 # A thread's working memory, by field: where each part begins.
 _SCRATCH = (
     "queries", "output", "scores_tile", "bias_tile", "mask_tile", "keys", "values", "seen_values",
-    "seen", "keep_k", "keep_v", "row_max", "row_sum", "alpha", "factor", "check", "q_rows",
+    "seen", "keep_k", "keep_v", "row_queries", "row_output", "row_max", "row_sum", "alpha", "factor", "check", "q_rows",
     "out_rows", "mask_rows", "bias_rows", "low", "high", "position", "row", "head", "slope",
     "bounds", "bad", "exact",
 )  # fmt: skip
@@ -55,10 +55,12 @@ _INTEGERS = [
     "run_rescue",
     "counter",  # the atomic counter that hands out items, itself
     "items",
+    "few_rows",  # 1: lanes along the head dim, one panel an item
     "panels",  # panels of a full item
     "heads_per_item",  # query heads of one KV group that share the lanes of an item
     "head_groups",
     "row_blocks",
+    "width",
     "lanes",
     "block_k",
     "real_bytes",
@@ -93,6 +95,8 @@ _INTEGERS = [
     "stage_v",
     "keys_stride",
     "values_stride",
+    "row_queries_stride",
+    "row_output_stride",
     *(f"at_{name}" for name in _SCRATCH),
     "scratch_bytes",
 ]
@@ -149,8 +153,8 @@ class Template:
         lengths = Lengths(problem.q_offset, problem.seqused_q, problem.seqused_k)
         for name, table in zip(_LENGTH_NAMES, self._length_tables(lengths), strict=True):
             self._table(name, table)
-        _lower_scores(problem, self.record)
         _lower_work(problem, tile, self.record)
+        _lower_scores(problem, self.record)
         _lower_scratch(tile, self.record)
         self.scratch_bytes = int(self.record["scratch_bytes"])
         self.items = int(self.record["items"])
@@ -237,10 +241,12 @@ def _batch_offsets(batch_shape: tuple[int, ...], strides: tuple[int, ...]) -> ND
 
 def _lower_scores(problem: AttentionProblem, record: NDArray[Any]) -> None:
     """Units of the scores, softcap and dropout."""
+    scale = problem.scale
     natural = (
         problem.softcap is not None or problem.bias is not None or problem.alibi_slopes is not None
     )
-    scale = problem.scale
+    if record["few_rows"] and scale <= 0.0:
+        natural = True  # there is no packing that could take the sign
     # A factor near the ends of the type's range would lose bits or overflow on its own. Nobody
     # means it, but it has an exact answer.
     exponent = 100 if problem.accumulator == np.float32 else 900
@@ -264,7 +270,7 @@ def heads_per_item(problem: AttentionProblem) -> int:
 
     They read the same keys. Where one head has few rows, the whole group shares the lanes.
     """
-    return problem.group_size if problem.seqlen_q <= FEW_ROWS else 1
+    return problem.group_size if problem.seqlen_q <= SHARED_ROWS else 1
 
 
 def tile_of(problem: AttentionProblem) -> Tile:
@@ -282,14 +288,16 @@ def _lower_work(problem: AttentionProblem, tile: Tile, record: NDArray[Any]) -> 
     row_blocks = -(-heads * problem.seqlen_q // block)
     record["panels"], record["heads_per_item"], record["head_groups"] = panels, heads, groups
     record["row_blocks"], record["items"] = row_blocks, problem.batch_size * groups * row_blocks
-    record["lanes"], record["block_k"] = tile.lanes, tile.block_k
+    record["width"], record["lanes"], record["block_k"] = tile.width, tile.lanes, tile.block_k
     record["real_bytes"], record["unseen"] = tile.real_bytes, UNSEEN[tile.bits]
     record["storage"] = STORAGE_CODE[tile.storage]
     record["out_storage"] = STORAGE_CODE[tile.out_storage]
+    few = tile.takes_few(heads * problem.seqlen_q, problem.head_dim, problem.head_dim_v)
+    record["few_rows"] = few
     for name in ("k", "v"):
         array = getattr(problem, name)
-        dense = array.itemsize == tile.real_bytes and array.strides[-1] == tile.real_bytes
-        record[f"stage_{name}"] = not dense
+        dense = array.strides[-1] == array.itemsize
+        record[f"stage_{name}"] = not (dense and (few or array.itemsize == tile.real_bytes))
 
 
 def _lower_scratch(tile: Tile, record: NDArray[Any]) -> None:
@@ -303,6 +311,13 @@ def _lower_scratch(tile: Tile, record: NDArray[Any]) -> None:
     keys_stride = (-(-head_dim * size // 64) | 1) * 64
     values_stride = (-(-head_dim_v * size // 64) | 1) * 64
     record["keys_stride"], record["values_stride"] = keys_stride, values_stride
+    # Whole vectors, and one more where the head dim is no multiple of the width.
+    vector = tile.width * size
+    row_queries_stride = -(-head_dim * size // vector) * vector
+    row_output_stride = -(-head_dim_v * size // vector) * vector
+    record["row_queries_stride"] = row_queries_stride
+    record["row_output_stride"] = row_output_stride
+    few = FEW_ROWS if record["few_rows"] else 0
     tile_bytes = keys * lanes * size
     sizes = {
         "queries": rows * head_dim * size,
@@ -314,6 +329,8 @@ def _lower_scratch(tile: Tile, record: NDArray[Any]) -> None:
         "values": keys * values_stride,
         "seen_values": keys * values_stride,
         **dict.fromkeys(("seen", "keep_k", "keep_v"), keys),
+        "row_queries": few * row_queries_stride,
+        "row_output": few * row_output_stride,
         **dict.fromkeys(("row_max", "row_sum", "factor", "check", "slope"), rows * size),
         "alpha": lanes * size,
         **dict.fromkeys(("q_rows", "out_rows", "mask_rows", "bias_rows", "bad"), rows * 8),

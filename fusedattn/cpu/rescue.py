@@ -236,7 +236,7 @@ def rescue(params, w, batch, entry):
         if has_nan_value(params, batch, head, row):
             return 1
         fill_lanes(params, w, batch, head, row, 1, 1)
-        if not attend(params, w, batch, head // p.group_size, 1, 1):
+        if not attend(params, w, batch, head // p.group_size, 1, 1, 1):
             return 0
         if finish(params, w, batch, 1, 1) == 0:
             return 1

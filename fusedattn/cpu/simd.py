@@ -211,12 +211,31 @@ class Emitter:
             for i in range(width):
                 if not i & half:
                     top, bottom = rows[i], rows[i + half]
-                    merged[i] = self._shuffle(top, bottom, low)
-                    merged[i + half] = self._shuffle(top, bottom, high)
+                    merged[i] = self.shuffle(top, bottom, low)
+                    merged[i + half] = self.shuffle(top, bottom, high)
             rows, half = merged, half // 2
         return rows
 
-    def _shuffle(self, left: ir.Value, right: ir.Value, lanes: Sequence[int]) -> ir.Value:
+    def sum_of_each(self, rows: Sequence[ir.Value]) -> ir.Value:
+        """The sums of ``width`` vectors as one vector: transpose and add, halving in each round."""
+        rows, width = list(rows), len(rows)
+        half = width // 2
+        while half:
+            # Lanes are in groups of 2 * half: keep the low half of one and the high of the other.
+            low = [i if not i & half else i - half + width for i in range(width)]
+            high = [i + half if not i & half else i + width for i in range(width)]
+            rows = [
+                self.builder.fadd(
+                    self.shuffle(rows[i], rows[i + half], low),
+                    self.shuffle(rows[i], rows[i + half], high),
+                )
+                for i in range(half)
+            ]
+            half //= 2
+        return rows[0]
+
+    def shuffle(self, left: ir.Value, right: ir.Value, lanes: Sequence[int]) -> ir.Value:
+        """Lanes of two vectors, those of ``right`` numbered after those of ``left``."""
         mask = ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes))
         return self.builder.shuffle_vector(left, right, mask)
 

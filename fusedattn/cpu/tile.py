@@ -20,6 +20,11 @@ STORAGE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 ITEM_BYTES = 192 * 1024
 
 
+# Few rows of queries: groups of so many share each load of a key or value.
+ROWS_TOGETHER = 4
+FEW_ROWS = 16
+
+
 @dataclass(frozen=True, slots=True)
 class Isa:
     """The vector unit of one machine: name, register width and the number of registers."""
@@ -81,6 +86,11 @@ class Tile:
     def lanes(self) -> int:
         """Query rows per panel."""
         return self.width * self.vectors
+
+    def takes_few(self, rows: int, head_dim: int, head_dim_v: int) -> bool:
+        """Whether the products for few rows serve: lanes along the head dim, memory in order."""
+        whole_vectors = min(head_dim, head_dim_v) >= self.width >= ROWS_TOGETHER
+        return whole_vectors and rows <= min(FEW_ROWS, self.lanes)
 
     def panels(self, head_dim: int, head_dim_v: int) -> int:
         """Return the number of panels of one work item, 1 to 4."""
