@@ -639,3 +639,25 @@ class OverflowsInFloat32(Attention):
     def exp(self, x):
         with np.errstate(over="ignore"):
             return np.exp(x.astype(np.float32) + np.float32(80)).astype(float) * np.exp(-80.0)
+
+
+def table():
+    """Markdown table of the laws that kill each mutant, tried on 25 calls each."""
+    from fusedattn.testing import Kernel
+    from fusedattn.testing.check import try_law
+    from fusedattn.testing.laws import ALL
+
+    print("| mutant | killed first by | laws that kill it |\n|---|---|---|")
+    for name, (factory, options) in MUTANTS.items():
+        options = {**options, "supports": frozenset(options["supports"])}
+        calls = {}
+        for law in ALL:
+            outcome = try_law(law, Kernel(factory(), **options), 25, 0, shrink=False)
+            if outcome.status == "failed":
+                calls[law.name] = outcome.examples
+        first = min(calls, key=calls.get) if calls else "none"
+        print(f"| {name} | {first} (call {calls.get(first, 0)}) | {len(calls)} |", flush=True)
+
+
+if __name__ == "__main__":
+    table()

@@ -43,7 +43,7 @@ class Placed:
     values : ndarray
         What the view shows at first.
     placement : str
-        One of `PLACEMENTS`. An axis of stride 0 shows its first entry.
+        One of `PLACEMENTS`. Stride 0 is taken only where the values are the same along that axis.
     """
 
     def __init__(self, values: Array, placement: str = "plain") -> None:
@@ -66,7 +66,9 @@ class Placed:
             steps = [2] * ndim
         elif placement.startswith("stride0"):
             repeated = ndim - (2 if placement == "stride0_rows" else 3)
-            repeated = None if repeated < 0 or values.shape[repeated] == 0 else repeated
+            # Values that differ along that axis need their places: a law may have changed them.
+            if repeated < 0 or values.size == 0 or not _constant(values, repeated):
+                repeated = None
         stored = list(values.shape)
         if repeated is not None:
             stored[repeated] = 1
@@ -97,6 +99,11 @@ class Placed:
     def overlaps(self, array: Array) -> bool:
         """Whether an array lies in this buffer."""
         return bool(np.may_share_memory(array, self._buffer))
+
+
+def _constant(values: Array, axis: int) -> bool:
+    first = np.take(values, [0], axis=axis)
+    return np.broadcast_to(first, values.shape).tobytes() == values.tobytes()
 
 
 def poison(dtype: np.dtype[Any]) -> Any:

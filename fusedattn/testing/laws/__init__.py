@@ -259,6 +259,7 @@ ALL: tuple[Law, ...] = (
         share=0.5,
     ),
     Law("same_call_same_bits", isolation.same_call_same_bits, share=0.5, when=_deterministic),
+    Law("earlier_calls_do_not_matter", isolation.earlier_calls_do_not_matter, share=0.5),
     Law(
         "memory_layout_does_not_matter",
         isolation.memory_layout_does_not_matter,

@@ -12,7 +12,7 @@ import numpy as np
 
 from fusedattn.testing.buffers import PLACEMENTS
 from fusedattn.testing.cases import Answer, Case
-from fusedattn.testing.kernel import Kernel
+from fusedattn.testing.kernel import Kernel, quietly
 from fusedattn.testing.laws.common import (
     Array,
     assert_equals_reference,
@@ -134,6 +134,51 @@ def _results_are_kept(kernel: Kernel, case: Case, other: Case) -> None:
     spy(other)
     for array, before in kept:
         assert array.tobytes() == before, "a later call has overwritten this call's result"
+
+
+def earlier_calls_do_not_matter(kernel: Kernel, case: Case) -> None:
+    """A call does not depend on earlier ones: same shapes, other contents, other options.
+
+    The arrays of the second call are the first call's, overwritten in place, as a cache is during
+    decoding. If this does not hold, something is remembered by shape or by address.
+    """
+    kernel(case)
+    kernel(case)
+    other = _like(case)
+    assert_equals_reference(kernel(other), other)
+    assert_equals_reference(kernel(case), case)
+    if "out" in case.placement or case.keywords.get("layout") == "bshd":
+        return
+    arrays = [x.copy() for x in (case.q, case.k, case.v)]
+    keywords = dict(case.keywords)
+    quietly(kernel.fn, *arrays, **keywords)
+    changed = case.change(q=-case.q, k=case.k[..., ::-1].copy(), v=case.v[..., ::-1].copy())
+    for array, new in zip(arrays, (changed.q, changed.k, changed.v), strict=True):
+        array[...] = new
+    result = quietly(kernel.fn, *arrays, **keywords)
+    out, lse = result if isinstance(result, tuple) else (result, None)
+    assert_equals_reference(Answer(out, lse), changed)
+
+
+def _like(case: Case) -> Case:
+    """Return a call of the same kind with other contents and options."""
+    changes: dict[str, Any] = {"q": -case.q, "v": -case.v}
+    for name, value in case.keywords.items():
+        if name == "mask":
+            changes[name] = ~value
+        elif name in ("bias", "alibi_slopes", "sinks"):
+            changes[name] = np.where(np.isfinite(value), -value, value)
+        elif name in ("seqused_q", "seqused_k"):
+            changes[name] = value // 2
+        elif name == "q_offset":
+            changes[name] = np.maximum(value, -3) + 1 if isinstance(value, np.ndarray) else 1
+        elif name in ("scale", "softcap"):
+            changes[name] = value / 2 if value else 0.5
+        elif name == "seed":
+            changes[name] = value // 2 + 1
+        elif name == "window_size":
+            changes[name] = (1, 1)
+    return case.change(**changes)
 
 
 def memory_layout_does_not_matter(kernel: Kernel, case: Case) -> None:
