@@ -164,7 +164,9 @@ def attend_tile(params, w, batch, panel, first_key, n, keys, k_stride, values, v
     if p.few_rows:
         run = p.run_row_scores_of_reals if staged & 1 else p.run_row_scores
         queries, stride = w + p.at_row_queries, p.row_queries_stride
-        row_scores(run, keys, k_stride, n, queries, stride, s, head_dim, groups)
+        row_scores(
+            run, keys, k_stride, n, queries, stride, s, head_dim, groups, values, v_stride
+        )
     else:
         queries = w + p.at_queries + panel * head_dim * row_bytes
         scores(p.run_scores, keys, k_stride, n, queries, s, head_dim)
@@ -197,7 +199,10 @@ def attend_tile(params, w, batch, panel, first_key, n, keys, k_stride, values, v
     if p.few_rows:
         run = p.run_row_accumulate_of_reals if staged & 2 else p.run_row_accumulate
         output, stride = w + p.at_row_output, p.row_output_stride
-        row_accumulate(run, values, v_stride, n, s, output, stride, head_dim_v, alpha, groups)
+        soon = keys + n * k_stride  # past the last key there is nothing to fetch, and no harm in it
+        row_accumulate(
+            run, values, v_stride, n, s, output, stride, head_dim_v, alpha, groups, soon, k_stride
+        )
     else:
         output = w + p.at_output + panel * head_dim_v * row_bytes
         accumulate(p.run_accumulate, values, v_stride, n, s, output, head_dim_v, alpha)

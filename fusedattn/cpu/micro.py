@@ -112,10 +112,10 @@ SIGNATURES = {
     "stage": "iiiiiiii>",
     "copy": "iiiiiiii>",
     "gather": "iiiif>",
-    "row_scores": "iiiiiiii>",
-    "row_scores_of_reals": "iiiiiiii>",
-    "row_accumulate": "iiiiiiiii>",
-    "row_accumulate_of_reals": "iiiiiiiii>",
+    "row_scores": "iiiiiiiiii>",
+    "row_scores_of_reals": "iiiiiiiiii>",
+    "row_accumulate": "iiiiiiiiiii>",
+    "row_accumulate_of_reals": "iiiiiiiiiii>",
     "dot": "iiiii>f",
 }
 
@@ -286,6 +286,9 @@ class _Writer:
     # load of a key or value serves `ROWS_TOGETHER` rows, and memory is read in its own order.
     # Rows of queries and outputs are whole vectors; where the head dim is no multiple of the width,
     # one vector more overlaps the last, with the lanes that were counted already set to zero.
+    #
+    # Memory, not arithmetic, is what such a call waits for. So while keys are multiplied the rows
+    # at ``soon`` are fetched (the values of the same keys), and with the values the next keys.
 
     def _is_new(self, e: Emitter, columns: ir.Value) -> ir.Value:
         """Lanes of the overlapping last vector that no vector before it holds."""
@@ -302,7 +305,7 @@ class _Writer:
         """`row_scores` for keys that are reals already."""
         self._row_scores(e, f"float{self.tile.bits}", *arguments)
 
-    def _row_scores(self, e: Emitter, storage, k, k_stride, n, queries, q_stride, s, head_dim, groups) -> None:  # type: ignore[no-untyped-def] # noqa: E501
+    def _row_scores(self, e: Emitter, storage, k, k_stride, n, queries, q_stride, s, head_dim, groups, soon, soon_stride) -> None:  # type: ignore[no-untyped-def] # noqa: E501
         build, width, size = e.builder, self.tile.width, STORAGE_BYTES[storage]
         if width < ROWS_TOGETHER:
             return  # `Tile.takes_few` says so
@@ -320,7 +323,9 @@ class _Writer:
 
             def multiply(key_at: ir.Value, query_at: ir.Value, only: ir.Value | None) -> None:
                 loaded = []
-                for key_row in key_rows:
+                for i, key_row in enumerate(key_rows):
+                    soon_row = e.offset(soon, build.add(first, I64(i)), soon_stride)
+                    e.prefetch(build.add(soon_row, key_at))
                     value = e.load_storage(build.add(key_row, key_at), storage, width)
                     if only is not None:
                         value = build.select(only, value, e.splat_const(0.0))
@@ -361,7 +366,7 @@ class _Writer:
         """`row_accumulate` for values that are reals already."""
         self._row_accumulate(e, f"float{self.tile.bits}", *arguments)
 
-    def _row_accumulate(self, e: Emitter, storage, v, v_stride, n, s, o, o_stride, columns, alpha, groups) -> None:  # type: ignore[no-untyped-def] # noqa: E501
+    def _row_accumulate(self, e: Emitter, storage, v, v_stride, n, s, o, o_stride, columns, alpha, groups, soon, soon_stride) -> None:  # type: ignore[no-untyped-def] # noqa: E501
         build, width, size = e.builder, self.tile.width, STORAGE_BYTES[storage]
         full = build.sdiv(columns, I64(width))
         has_tail = build.icmp_signed("!=", build.srem(columns, I64(width)), I64(0))
@@ -373,6 +378,9 @@ class _Writer:
             weight_at = e.offset(s, group, ROWS_TOGETHER * e.bytes)
             with e.loop(n) as j:
                 at = build.add(e.offset(v, j, v_stride), value_at)
+                soon_row = build.add(e.offset(soon, j, soon_stride), value_at)
+                for line in range(0, count * width * size, 64):
+                    e.prefetch(build.add(soon_row, I64(line)))
                 weights = e.offset(weight_at, j, self.row_bytes)
                 values = [
                     e.load_storage(build.add(at, I64(i * width * size)), storage, width)

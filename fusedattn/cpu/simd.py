@@ -102,6 +102,13 @@ class Emitter:
         """An address as a byte pointer."""
         return self.builder.inttoptr(address, BYTES)
 
+    def prefetch(self, address: ir.Value) -> None:
+        """Ask for a cache line that will be read soon; any address will do."""
+        kind = ir.FunctionType(ir.VoidType(), [BYTES, I32, I32, I32])
+        module = self.builder.module
+        function = cgutils.get_or_insert_function(module, kind, "llvm.prefetch.p0")
+        self.builder.call(function, [self.pointer(address), I32(0), I32(2), I32(1)])
+
     def load_storage(self, address: ir.Value, storage: str, lanes: int = 1) -> ir.Value:
         """Load one element, or ``lanes`` neighbours, of a storage type as element-type values."""
         memory = MEMORY_TYPE[storage]
