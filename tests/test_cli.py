@@ -206,7 +206,8 @@ def test_info_says_when_the_cache_cannot_be_written(tmp_path):
 def test_info_refuses_a_number_of_threads_that_is_none():
     status, out, err = run("info", FUSEDATTN_NUM_THREADS="many")
     assert (status, out) == (2, "")
-    assert "FUSEDATTN_NUM_THREADS must be an integer >= 1, but is 'many'" in err
+    assert "FUSEDATTN_NUM_THREADS must be an integer" in err
+    assert "but is 'many'" in err
 
 
 # --- demo -------------------------------------------------------------------------------------
