@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from fusedattn.cpu import threads
 from fusedattn.cpu.compile import get_micro, get_rescue, get_worker, known_rescue
 from fusedattn.cpu.forward import NEEDS_RESCUE, STOP
-from fusedattn.cpu.params import Bound, Template, tile_of
-from fusedattn.cpu.tile import host_isa, tile_for
+from fusedattn.cpu.micro import GROUPS
+from fusedattn.cpu.params import Bound, Template, groups_of, tile_of
+from fusedattn.cpu.tile import FEW_ROWS, host_isa, tile_for
 from fusedattn.problem import AttentionProblem, Lengths, Result
 
 # Below this much work waking a thread costs more than it saves.
@@ -42,7 +43,10 @@ class Prepared:
 
     def __init__(self, problem: AttentionProblem) -> None:
         tile = tile_of(problem)
-        self._template = Template(problem, tile, get_micro(tile).addresses)
+        natives: dict[str, int] = {}
+        for group in groups_of(problem, tile):
+            natives |= get_micro(tile, group).addresses
+        self._template = Template(problem, tile, natives)
         self._flops = problem.flops
         pairs = problem.batch_size * problem.num_heads * problem.seqlen_q * problem.seqlen_k
         self._most_flops = 2 * (problem.head_dim + problem.head_dim_v) * pairs
@@ -130,6 +134,8 @@ def warmup(dtypes: Iterable[str] = ("float32",)) -> None:
     """Compile (or load) the kernels of these storage types."""
     for dtype in dtypes:
         for rows in WARMUP_ROWS:
-            get_micro(tile_for(dtype, dtype, rows))
+            for group in GROUPS:
+                if group != "rows" or rows <= FEW_ROWS:
+                    get_micro(tile_for(dtype, dtype, rows), group)
     get_worker()
     get_rescue()

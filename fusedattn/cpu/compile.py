@@ -1,7 +1,7 @@
 """From emitters to native code: the worker through Numba, the micro-kernels through LLVM.
 
 The worker is one function for all dtypes; the micro-kernels of a tile shape are a module of their
-own. Both are compiled once per machine and kept on disk (`fusedattn.cpu.cache`).
+own, in groups. Both are compiled once per machine and kept on disk (`fusedattn.cpu.cache`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fusedattn.cpu.cache import KernelCache, fetch
 from fusedattn.cpu.forward import RESCUE_SIGNATURES, worker
 from fusedattn.cpu.half import link_half
 from fusedattn.cpu.memory import compile_kernels, numba_signature
-from fusedattn.cpu.micro import SIGNATURES, emit_module
+from fusedattn.cpu.micro import GROUPS, emit_module
 from fusedattn.cpu.tile import Tile
 
 Worker = Callable[[int, int], int]
@@ -37,7 +37,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class Micro(NamedTuple):
-    """The micro-kernels of a tile shape: addresses by name, and what keeps them in memory."""
+    """Some micro-kernels: addresses by name, and what keeps them in memory."""
 
     addresses: dict[str, int]
     engine: Any
@@ -107,14 +107,15 @@ def known_rescue() -> tuple[int, ...] | None:
 
 
 @once
-def get_micro(tile: Tile) -> Micro:
-    """Return the micro-kernels of a tile shape."""
+def get_micro(tile: Tile, group: str) -> Micro:
+    """Return a group of micro-kernels for a tile shape."""
     _link_half()
-    code = fetch(f"micro-{tile.storage}-{tile.out_storage}", tile, lambda: compile_micro(tile))
+    name = f"{group}-{tile.storage}-{tile.out_storage}"
+    code = fetch(name, tile, lambda: compile_micro(tile, group))
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), host_machine())
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
-    addresses = {name: engine.get_function_address(name) for name in SIGNATURES}
+    addresses = {name: engine.get_function_address(name) for name in GROUPS[group]}
     return Micro(addresses, engine)
 
 
@@ -134,10 +135,12 @@ def host_machine(
     )
 
 
-def compile_micro(tile: Tile, machine: Any = None, *, assembly: bool = False) -> Any:
-    """Compile the micro-kernels of a tile to object code, or to assembly for reading."""
+def compile_micro(
+    tile: Tile, group: str, machine: Any = None, *, assembly: bool = False
+) -> Any:
+    """Compile a group of micro-kernels to object code, or to assembly for reading."""
     machine = machine or host_machine()
-    module = llvm.parse_assembly(str(emit_module(tile)))
+    module = llvm.parse_assembly(str(emit_module(tile, group)))
     module.triple, module.data_layout = machine.triple, str(machine.target_data)
     tuning = llvm.create_pipeline_tuning_options(speed_level=3)
     tuning.loop_unrolling = tuning.loop_vectorization = tuning.slp_vectorization = False

@@ -56,10 +56,26 @@ row_interval = kernel("iiiii>ii")(masks.row_interval)
 # The rescue is compiled when a row first needs it, and called by address like a micro-kernel.
 RESCUE_SIGNATURES = {"mark_visible": "iiiiiii>", "rescue": "iiii>i"}
 mark_visible, rescue = (native(signature) for signature in RESCUE_SIGNATURES.values())
-(
-    scores, weights, accumulate, hide_outside, hide_masked, mask_tile, bias_tile, multiply, softcap, alibi, add, drop,
-    pack, unpack, stage, copy, gather, row_scores, _, row_accumulate, _, _,
-) = (native(signature) for signature in SIGNATURES.values())  # fmt: skip
+_call = {name: native(signature) for name, signature in SIGNATURES.items()}
+scores = _call["scores"]
+weights = _call["weights"]
+accumulate = _call["accumulate"]
+hide_outside = _call["hide_outside"]
+hide_masked = _call["hide_masked"]
+mask_tile = _call["mask_tile"]
+bias_tile = _call["bias_tile"]
+multiply = _call["multiply"]
+softcap = _call["softcap"]
+alibi = _call["alibi"]
+add = _call["add"]
+drop = _call["drop"]
+pack = _call["pack"]
+unpack = _call["unpack"]
+stage = _call["stage"]
+copy = _call["copy"]
+gather = _call["gather"]
+row_scores = _call["row_scores"]
+row_accumulate = _call["row_accumulate"]
 
 
 @kernel("iiiiiii>")

@@ -94,37 +94,48 @@ MANTISSA_BITS = {32: 23, 64: 52}
 
 # Arguments of each micro-kernel, see `define` and the methods of `_Writer` for their names. Every
 # address points to rows of ``tile.lanes`` elements on a cache line, or to the caller's own memory.
-SIGNATURES = {
-    "scores": "iiiiii>",
-    "weights": "iifiii>",
-    "accumulate": "iiiiiii>",
-    "hide_outside": "iiiii>",
-    "hide_masked": "iii>",
-    "mask_tile": "iiiiii>i",
-    "bias_tile": "iiiiii>",
-    "multiply": "iif>",
-    "softcap": "iif>",
-    "alibi": "iiiii>",
-    "add": "iii>",
-    "drop": "iiiiiiii>",
-    "pack": "iiiif>",
-    "unpack": "iiiiii>",
-    "stage": "iiiiiiii>",
-    "copy": "iiiiiiii>",
-    "gather": "iiiif>",
-    "row_scores": "iiiiiiiiii>",
-    "row_scores_of_reals": "iiiiiiiiii>",
-    "row_accumulate": "iiiiiiiiiii>",
-    "row_accumulate_of_reals": "iiiiiiiiiii>",
-    "dot": "iiiii>f",
+# They come in groups, each a module that is compiled when a call first needs it.
+GROUPS = {
+    "common": {
+        "weights": "iifiii>",
+        "hide_outside": "iiiii>",
+        "unpack": "iiiiii>",
+        "stage": "iiiiiiii>",
+        "dot": "iiiii>f",
+    },
+    "panels": {
+        "scores": "iiiiii>",
+        "accumulate": "iiiiiii>",
+        "pack": "iiiif>",
+    },
+    "rows": {
+        "row_scores": "iiiiiiiiii>",
+        "row_scores_of_reals": "iiiiiiiiii>",
+        "row_accumulate": "iiiiiiiiiii>",
+        "row_accumulate_of_reals": "iiiiiiiiiii>",
+        "gather": "iiiif>",
+    },
+    "passes": {
+        "multiply": "iif>",
+        "softcap": "iif>",
+        "alibi": "iiiii>",
+        "bias_tile": "iiiiii>",
+        "add": "iii>",
+    },
+    "mask": {
+        "mask_tile": "iiiiii>i",
+        "hide_masked": "iii>",
+        "copy": "iiiiiiii>",
+    },
+    "dropout": {"drop": "iiiiiiii>"},
 }
+SIGNATURES = {name: letters for group in GROUPS.values() for name, letters in group.items()}
 
 
-
-def emit_module(tile: Tile) -> ir.Module:
-    """Return the module with all micro-kernels of a tile shape."""
-    module, writer = ir.Module(name="fusedattn_micro"), _Writer(tile)
-    for name, signature in SIGNATURES.items():
+def emit_module(tile: Tile, group: str) -> ir.Module:
+    """Return the module with one group of micro-kernels for a tile shape."""
+    module, writer = ir.Module(name=f"fusedattn_{group}"), _Writer(tile)
+    for name, signature in GROUPS[group].items():
         define(module, name, signature, getattr(writer, name), tile.bits, tile.width)
     return module
 
@@ -622,17 +633,16 @@ class _Writer:
     def _transposed(self, e: Emitter, table, offset, step, n, dense, block, single) -> None:  # type: ignore[no-untyped-def]
         """Walk ``n`` keys of the rows in ``table`` from a byte offset on.
 
-        ``block(first key, vector, addresses)`` handles ``width`` keys of ``width`` lanes that lie
+        ``block(first key, index of the vector, addresses)`` handles ``width`` keys of ``width`` lanes that lie
         densely, ``single(key, lane, address)`` one element.
         """
         build, width = e.builder, self.tile.width
         blocks = build.select(dense, build.sdiv(n, I64(width)), I64(0))
-        with e.loop(blocks) as b:
-            first = build.mul(b, I64(width))
+        with e.loop(blocks) as b, e.loop(self.tile.vectors) as v:
+            first, lanes = build.mul(b, I64(width)), e.offset(table, v, 8 * width)
             at = build.add(offset, build.mul(first, step))
-            for v in range(self.tile.vectors):
-                rows = [e.load(e.offset(table, v * width + i, 8), I64, 8) for i in range(width)]
-                block(first, v, [build.add(row, at) for row in rows])
+            rows = [e.load(e.offset(lanes, i, 8), I64, 8) for i in range(width)]
+            block(first, v, [build.add(row, at) for row in rows])
         done = build.mul(blocks, I64(width))
         with e.loop(build.sub(n, done)) as i, e.loop(self.tile.lanes) as lane:
             key = build.add(done, i)
@@ -647,10 +657,10 @@ class _Writer:
         build, width, lanes = e.builder, self.tile.width, self.tile.lanes
         byte_vec = ir.VectorType(I8, width)
 
-        def block(first: ir.Value, v: int, addresses: list[ir.Value]) -> None:
+        def block(first: ir.Value, v: ir.Value, addresses: list[ir.Value]) -> None:
+            place = e.offset(e.offset(target, first, lanes), v, width)
             for i, keys in enumerate(e.transpose([e.load(a, byte_vec) for a in addresses])):
-                row = e.offset(target, build.add(first, I64(i)), lanes)
-                e.store(keys, build.add(row, I64(v * width)))
+                e.store(keys, build.add(place, I64(i * lanes)))
 
         def single(key: ir.Value, lane: ir.Value, address: ir.Value) -> None:
             e.store(e.load(address, I8), build.add(e.offset(target, key, lanes), lane))
@@ -684,12 +694,12 @@ class _Writer:
         for code, (name, stored) in enumerate(STORAGE_BYTES.items()):
 
             def block(
-                first: ir.Value, v: int, addresses: list[ir.Value], name: str = name
+                first: ir.Value, v: ir.Value, addresses: list[ir.Value], name: str = name
             ) -> None:
+                place = e.offset(e.offset(target, first, self.row_bytes), v, self.vector_bytes)
                 rows = [e.load_storage(address, name, width) for address in addresses]
                 for i, keys in enumerate(e.transpose(rows)):
-                    row = e.pointer(e.offset(target, build.add(first, I64(i)), self.row_bytes))
-                    self._store(e, keys, row, v)
+                    e.store(keys, build.add(place, I64(i * self.row_bytes)), self.align)
 
             def single(
                 key: ir.Value, lane: ir.Value, address: ir.Value, name: str = name
@@ -724,17 +734,17 @@ class _Writer:
         build, width = e.builder, self.tile.width
         factor = e.to_real(sign)
         blocks = self._blocks(e, head_dim, step, storage)
-        with e.loop(blocks) as block:
-            at = build.mul(build.mul(block, I64(width)), step)
-            for v in range(self.tile.vectors):
-                rows = []
-                for lane in range(v * width, (v + 1) * width):
-                    address = e.load(e.offset(table, lane, 8), I64, 8)
-                    rows.append(e.load_storage(build.add(address, at), storage, width))
-                for i, column in enumerate(e.transpose(rows)):
-                    d = build.add(build.mul(block, I64(width)), I64(i))
-                    row = e.pointer(e.offset(queries, d, self.row_bytes))
-                    self._store(e, build.fmul(column, e.splat(factor)), row, v)
+        with e.loop(blocks) as block, e.loop(self.tile.vectors) as v:
+            first = build.mul(block, I64(width))
+            at, lanes = build.mul(first, step), e.offset(table, v, 8 * width)
+            rows = []
+            for lane in range(width):
+                address = e.load(e.offset(lanes, lane, 8), I64, 8)
+                rows.append(e.load_storage(build.add(address, at), storage, width))
+            target = e.offset(e.offset(queries, first, self.row_bytes), v, self.vector_bytes)
+            for i, column in enumerate(e.transpose(rows)):
+                place = build.add(target, I64(i * self.row_bytes))
+                e.store(build.fmul(column, e.splat(factor)), place, self.align)
         done = build.mul(blocks, I64(width))
         with e.loop(build.sub(head_dim, done)) as i, e.loop(self.tile.lanes) as lane:
             d = build.add(done, i)
@@ -751,34 +761,33 @@ class _Writer:
         """
         build, width, storage = e.builder, self.tile.width, self.tile.out_storage
         zero = e.splat_const(0.0)
-        factors = self._vectors(e, factor)
-        checks = [e.variable(zero) for _ in range(self.tile.vectors)]
-
-        def finished(d: ir.Value, v: int) -> ir.Value:
-            row = e.pointer(e.offset(o, d, self.row_bytes))
-            value = e.fma(self._load(e, row, v), factors[v], zero)
-            build.store(e.fma(value, zero, build.load(checks[v])), checks[v])
-            return value
-
         blocks = self._blocks(e, columns, step, storage)
-        with e.loop(blocks) as block:
-            first = build.mul(block, I64(width))
-            for v in range(self.tile.vectors):
-                values = [finished(build.add(first, I64(i)), v) for i in range(width)]
-                for i, row in enumerate(e.transpose(values)):
-                    address = e.load(e.offset(table, v * width + i, 8), I64, 8)
-                    e.store_storage(row, e.offset(address, first, step), storage)
         done = build.mul(blocks, I64(width))
-        with e.loop(build.sub(columns, done)) as i:
-            d = build.add(done, i)
-            for v in range(self.tile.vectors):
-                value = finished(d, v)
-                for lane in range(width):
-                    address = e.load(e.offset(table, v * width + lane, 8), I64, 8)
+        with e.loop(self.tile.vectors) as v:
+            at = build.mul(v, I64(self.vector_bytes))
+            factors = e.load(build.add(factor, at), e.vec, self.align)
+            seen = e.variable(zero)
+            lanes = e.offset(table, v, 8 * width)
+            addresses = [e.load(e.offset(lanes, lane, 8), I64, 8) for lane in range(width)]
+
+            def finished(d: ir.Value) -> ir.Value:
+                row = build.add(e.offset(o, d, self.row_bytes), at)
+                value = e.fma(e.load(row, e.vec, self.align), factors, zero)
+                build.store(e.fma(value, zero, build.load(seen)), seen)
+                return value
+
+            with e.loop(blocks) as block:
+                first = build.mul(block, I64(width))
+                values = [finished(build.add(first, I64(i))) for i in range(width)]
+                for address, row in zip(addresses, e.transpose(values), strict=True):
+                    e.store_storage(row, e.offset(address, first, step), storage)
+            with e.loop(build.sub(columns, done)) as i:
+                d = build.add(done, i)
+                value = finished(d)
+                for lane, address in enumerate(addresses):
                     element = build.extract_element(value, I32(lane))
                     e.store_storage(element, e.offset(address, d, step), storage)
-        for v in range(self.tile.vectors):
-            e.store(build.load(checks[v]), e.offset(check, v, self.vector_bytes), 16)
+            e.store(build.load(seen), build.add(check, at), self.align)
 
     def stage(self, e: Emitter, target, target_stride, source, stride, step, n, columns, keep) -> None:  # type: ignore[no-untyped-def]
         """Copy n rows as reals; rows whose byte ``keep[j]`` is 0 become 0 (``keep`` 0: copy all)."""

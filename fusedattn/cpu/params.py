@@ -242,11 +242,7 @@ def _batch_offsets(batch_shape: tuple[int, ...], strides: tuple[int, ...]) -> ND
 def _lower_scores(problem: AttentionProblem, record: NDArray[Any]) -> None:
     """Units of the scores, softcap and dropout."""
     scale = problem.scale
-    natural = (
-        problem.softcap is not None or problem.bias is not None or problem.alibi_slopes is not None
-    )
-    if record["few_rows"] and scale <= 0.0:
-        natural = True  # there is no packing that could take the sign
+    natural = _in_natural_units(problem, bool(record["few_rows"]))
     # A factor near the ends of the type's range would lose bits or overflow on its own. Nobody
     # means it, but it has an exact answer.
     exponent = 100 if problem.accumulator == np.float32 else 900
@@ -263,6 +259,27 @@ def _lower_scores(problem: AttentionProblem, record: NDArray[Any]) -> None:
         record["threshold"] = int(problem.dropout_p * 2.0**32)
         record["seed"] = np.uint64(problem.seed).view(np.int64)
     record["keep_scale"] = 1.0 / (1.0 - problem.dropout_p)
+
+
+def groups_of(problem: AttentionProblem, tile: Tile) -> list[str]:
+    """Which groups of micro-kernels a problem needs."""
+    rows = heads_per_item(problem) * problem.seqlen_q
+    few = tile.takes_few(rows, problem.head_dim, problem.head_dim_v)
+    needed = {
+        "common": True,
+        "rows": few,
+        "panels": not few,
+        "passes": _in_natural_units(problem, few),
+        "mask": problem.mask is not None,
+        "dropout": problem.dropout_p > 0.0,
+    }
+    return [group for group, is_needed in needed.items() if is_needed]
+
+
+def _in_natural_units(problem: AttentionProblem, few: bool) -> bool:
+    """Whether scores take passes in natural units; few rows are not packed, which takes a sign."""
+    options = (problem.softcap, problem.bias, problem.alibi_slopes)
+    return any(option is not None for option in options) or (few and problem.scale <= 0.0)
 
 
 def heads_per_item(problem: AttentionProblem) -> int:
