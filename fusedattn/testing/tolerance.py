@@ -304,7 +304,8 @@ def _out_budget(
     v = problem.v[block.index][kv_heads(problem, block.heads)].astype(np.float64)
     v = np.where(np.isfinite(v), v, 0.0) / (1.0 - problem.dropout_p)
     # Powers of two keep the sums finite when V stands at the end of the range.
-    unit = 2.0 ** np.floor(np.log2(np.abs(v).max(initial=0.0) or 1.0))
+    # (Not by log2, which rounds up to 1024 at the very end.)
+    unit = np.ldexp(1.0, np.frexp(np.abs(v).max(initial=0.0) or 1.0)[1] - 1)
     v = v / unit
     seen_v = np.where(any_over(block.attended, -2)[..., None], np.abs(v), 0.0)
     v_max = seen_v.max(-2, initial=0.0)[..., None, :]
