@@ -50,7 +50,7 @@ def _source_digest() -> bytes:
     """Digest of every file whose code ends up in a kernel."""
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for path in sorted([*package.glob("cpu/*.py"), package / "masks.py", package / "philox.py"]):
+    for path in sorted([*package.glob("cpu/**/*.py"), package / "masks.py", package / "philox.py"]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.digest()
 
