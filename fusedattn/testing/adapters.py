@@ -277,6 +277,8 @@ def onnxruntime(session: Callable[..., Any]) -> Adapted:
     def domain(problem: AttentionProblem) -> str | None:
         if problem.causal and problem.q_offset.any():
             return "is_causal aligns to the top left"
+        if problem.scale <= 0:
+            return "the scale must be greater than 0"
         if problem.bias is not None and problem.dtype.itemsize == 2:
             return "the mask has the type of the queries, which would round the bias"
         return None
