@@ -19,8 +19,8 @@ from fusedattn.problem import AttentionProblem, Lengths, Result
 
 # Below this much work waking a thread costs more than it saves.
 ALONE_FLOPS = 5_000_000
-# Above this much work (some milliseconds) the caller only waits, so that Ctrl-C is heard: were every
-# row to take the exact path, which is 200 times as slow, its own share could last half a second.
+# Above this much work (some milliseconds) the caller only waits, so that Ctrl-C is heard: were
+# every row to take the exact path, 200 times as slow, its own share could last half a second.
 LONG_FLOPS = 300_000_000
 # Numbers of rows that call for each of the panel widths.
 WARMUP_ROWS = (1, 32, 4096)
@@ -78,7 +78,7 @@ class Prepared:
         """Run all items; return whether the rescue is missing."""
         worker, scratch_bytes = get_worker(), self._template.scratch_bytes
         if flops < ALONE_FLOPS:
-            return worker(bound.address, _working_memory(scratch_bytes)) == NEEDS_RESCUE
+            return bool(worker(bound.address, _working_memory(scratch_bytes)) == NEEDS_RESCUE)
         missing: list[bool] = []
 
         def work() -> None:

@@ -6,6 +6,8 @@ of this package's kernels, the tile shape, the CPU and the versions of the compi
 cannot be read, or is not whole, counts as absent; one that cannot be written is not missed.
 """
 
+# mypy: disable-error-code="no-untyped-call"
+
 from __future__ import annotations
 
 import contextlib
@@ -59,8 +61,9 @@ def _key(detail: object) -> str:
     import llvmlite
     import numba
     from llvmlite import binding
-    from numba.core import config
+    from numba.core import config as numba_config
 
+    config: Any = numba_config  # its attributes are set when it is imported
     features = config.CPU_FEATURES  # an empty text is a choice
     parts = (
         sys.version,

@@ -11,10 +11,10 @@ import functools
 import os
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import llvmlite.binding as llvm
-from numba.core import config
+from numba.core import config as _config
 from numba.core.ccallback import CFunc
 
 from fusedattn.cpu.cache import KernelCache, fetch
@@ -23,6 +23,9 @@ from fusedattn.cpu.half import link_half
 from fusedattn.cpu.memory import compile_kernels, numba_signature
 from fusedattn.cpu.micro import GROUPS, emit_module
 from fusedattn.cpu.tile import Tile
+
+# Its attributes are set from the environment when Numba is imported.
+config: Any = _config
 
 Worker = Callable[[int, int], int]
 
@@ -71,7 +74,7 @@ def _compile(name: str, function: Any, signature: str) -> Any:
     """Compile one entry point through Numba, or load it; ``.address`` is where it lies."""
     _link_half()
     kind = numba_signature(signature)
-    compiled = CFunc(
+    compiled: Any = CFunc(
         function, (kind.args, kind.return_type), locals={}, options={"error_model": "numpy"}
     )
     compiled._cache = KernelCache(name, compile_kernels)
@@ -84,24 +87,26 @@ def get_worker() -> Worker:
     """Return the native worker ``(parameters, working memory) -> status``."""
     compiled = _compile("worker", worker, "ii>i")
     # ctypes lets go of the GIL for the length of the call.
-    native = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)(compiled.address)
+    prototype = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
+    native: Any = prototype(compiled.address)
     native.compiled = compiled  # keeps the code in memory
-    return native
+    return cast(Worker, native)
 
 
 @once
-def get_rescue() -> tuple[int, ...]:
+def get_rescue() -> tuple[int, int]:
     """Return the addresses of `mark_visible` and `rescue`, compiled on first use."""
     from fusedattn.cpu import rescue
 
-    _rescue[:] = [
+    mark_visible, whole_rescue = (
         _compile(name, getattr(rescue, name), signature)
         for name, signature in RESCUE_SIGNATURES.items()
-    ]
-    return tuple(compiled.address for compiled in _rescue)
+    )
+    _rescue[:] = mark_visible, whole_rescue
+    return mark_visible.address, whole_rescue.address
 
 
-def known_rescue() -> tuple[int, ...] | None:
+def known_rescue() -> tuple[int, int] | None:
     """Return what `get_rescue` returned, or None if it was not needed yet."""
     return get_rescue() if _rescue else None
 
@@ -135,9 +140,7 @@ def host_machine(
     )
 
 
-def compile_micro(
-    tile: Tile, group: str, machine: Any = None, *, assembly: bool = False
-) -> Any:
+def compile_micro(tile: Tile, group: str, machine: Any = None, *, assembly: bool = False) -> Any:
     """Compile a group of micro-kernels to object code, or to assembly for reading."""
     machine = machine or host_machine()
     module = llvm.parse_assembly(str(emit_module(tile, group)))

@@ -29,13 +29,13 @@ from fusedattn.cpu.memory import (
     get_real,
     kernel,
     larger,
-    smaller,
     set_i32,
     set_i64,
     set_real,
+    smaller,
 )
 from fusedattn.cpu.micro import LOG2_E, SIGNATURES
-from fusedattn.cpu.params import PARAMS, params_at
+from fusedattn.cpu.params import OFFSETS, params_at
 from fusedattn.cpu.simd import native
 from fusedattn.cpu.tile import ROWS_TOGETHER
 
@@ -48,7 +48,7 @@ NEEDS_RESCUE = 1
 NONE_SEEN, SOME_SEEN, ALL_SEEN, EACH_KEY_SEEN = 0, 1, 2, 4
 
 # Where the counter lies in the record.
-COUNTER = PARAMS.fields["counter"][1]
+COUNTER = OFFSETS["counter"]
 
 LN_2 = math.log(2.0)
 
@@ -140,6 +140,7 @@ def fill_lanes(params, w, batch, head, row, count, panels):
         set_i64(bounds, 4 * panel + 2, last_low)
         set_i64(bounds, 4 * panel + 3, first_high)
 
+
 @kernel("iiiii>")
 def natural_units(params, w, panel, first_key, n):
     """The passes over a tile of raw scores whose order the specification fixes."""
@@ -159,11 +160,14 @@ def natural_units(params, w, panel, first_key, n):
         bias_tile(p.run_bias_tile, tile_at, table, offset, step, n, p.bias_storage)
         add(p.run_add, s, n, tile_at)
 
+
 @kernel("iiiiiiiiiiii>")
-def attend_tile(params, w, batch, panel, first_key, n, keys, k_stride, values, v_stride, groups, staged):
+def attend_tile(
+    params, w, batch, panel, first_key, n, keys, k_stride, values, v_stride, groups, staged
+):
     """One tile of scores: ``n`` keys from ``first_key`` on against one panel of rows.
 
-    ``groups`` of rows if there are few; ``staged``: bits 1 and 2 say that keys and values are reals.
+    ``groups`` of rows if there are few; ``staged``: 1 if keys are reals, plus 2 if values are.
     """
     p = params_at(params)
     s = w + p.at_scores_tile
@@ -180,9 +184,7 @@ def attend_tile(params, w, batch, panel, first_key, n, keys, k_stride, values, v
     if p.few_rows:
         run = p.run_row_scores_of_reals if staged & 1 else p.run_row_scores
         queries, stride = w + p.at_row_queries, p.row_queries_stride
-        row_scores(
-            run, keys, k_stride, n, queries, stride, s, head_dim, groups, values, v_stride
-        )
+        row_scores(run, keys, k_stride, n, queries, stride, s, head_dim, groups, values, v_stride)
     else:
         queries = w + p.at_queries + panel * head_dim * row_bytes
         scores(p.run_scores, keys, k_stride, n, queries, s, head_dim)
@@ -320,7 +322,9 @@ def attend(params, w, batch, kv_head, count, panels, alone):
             keys = copied
         if stage_v:
             copied, v_stride = w + p.at_values, p.values_stride
-            stage(p.run_stage, copied, v_stride, values, v_row, v_dim, end - begin, head_dim_v, keep_v)
+            stage(
+                p.run_stage, copied, v_stride, values, v_row, v_dim, end - begin, head_dim_v, keep_v
+            )
             values = copied
         for panel in range(panels):
             first = larger(begin, get_i64(bounds, 4 * panel))
@@ -335,6 +339,7 @@ def attend(params, w, batch, kv_head, count, panels, alone):
     if p.few_rows:
         gather_rows(params, w, count)
     return True
+
 
 @kernel("iiiii>i")
 def finish(params, w, batch, count, panels):
@@ -394,6 +399,7 @@ def finish(params, w, batch, count, panels):
             set_i64(w + p.at_bad, bad, 2 * place + (1 if hopeless else 0))
             bad += 1
     return bad
+
 
 def worker(params, scratch):
     """Take items until none are left.

@@ -5,6 +5,8 @@ int64 addresses: ``get_*(base, index)`` and ``set_*(base, index, value)`` treat 
 Storage types go by their code, so that one compilation serves them all.
 """
 
+# mypy: disable-error-code="no-untyped-call"
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -31,8 +33,8 @@ def kernel(signature: str) -> Callable[[Any], Any]:
 
     def decorate(function: Any) -> Any:
         # No exceptions: a division by zero gives inf or NaN, as the arithmetic means it.
-        compiled = numba.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
-        dispatcher = compiled(function)
+        options: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+        dispatcher = numba.njit(error_model="numpy", **options)(function)
         KERNELS.append((dispatcher, numba_signature(signature)))
         return dispatcher
 

@@ -43,10 +43,10 @@ _OPERANDS = {
 
 # A thread's working memory, by field: where each part begins.
 _SCRATCH = (
-    "queries", "output", "scores_tile", "bias_tile", "mask_tile", "keys", "values", "seen_values",
-    "seen", "keep_k", "keep_v", "row_queries", "row_output", "row_max", "row_sum", "alpha", "factor", "check", "q_rows",
-    "out_rows", "mask_rows", "bias_rows", "low", "high", "position", "row", "head", "slope",
-    "bounds", "bad", "exact",
+    "queries", "output", "scores_tile", "bias_tile", "mask_tile", "keys", "values",
+    "seen_values", "seen", "keep_k", "keep_v", "row_queries", "row_output", "row_max",
+    "row_sum", "alpha", "factor", "check", "q_rows", "out_rows", "mask_rows", "bias_rows",
+    "low", "high", "position", "row", "head", "slope", "bounds", "bad", "exact",
 )  # fmt: skip
 
 _INTEGERS = [
@@ -102,8 +102,11 @@ _INTEGERS = [
 ]
 _REALS = ["scale", "to_log2", "query_sign", "softcap", "keep_scale", "unseen"]
 
-PARAMS = np.dtype([(name, np.int64) for name in _INTEGERS] + [(name, np.float64) for name in _REALS])
+PARAMS = np.dtype(
+    [(name, np.int64) for name in _INTEGERS] + [(name, np.float64) for name in _REALS]
+)
 
+OFFSETS = {name: 8 * index for index, name in enumerate(_INTEGERS + _REALS)}
 # In a kernel: the record at an address, its fields as attributes.
 params_at = view_as(from_dtype(PARAMS))
 
@@ -218,11 +221,13 @@ class Template:
 
 
 def out_strides(problem: AttentionProblem) -> tuple[int, ...]:
-    """Strides of out in canonical axis order: the caller's, or contiguous in the caller's layout."""
+    """Strides of out in canonical axis order: the caller's own, or contiguous in its layout."""
     if problem.out is not None:
         return problem.out.strides
     *leading, heads, rows, dim = problem.out_shape
-    axes = [*leading, heads, rows, dim] if problem.layout == "bhsd" else [*leading, rows, heads, dim]
+    axes = (
+        [*leading, heads, rows, dim] if problem.layout == "bhsd" else [*leading, rows, heads, dim]
+    )
     strides = [problem.out_dtype.itemsize]
     for length in reversed(axes[1:]):
         strides.insert(0, strides[0] * length)

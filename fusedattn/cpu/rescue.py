@@ -12,8 +12,9 @@ from __future__ import annotations
 import math
 
 from fusedattn import philox
-from fusedattn.cpu.forward import attend, fill_lanes, finish, row_interval
+from fusedattn.cpu.forward import COUNTER, STOP, attend, fill_lanes, finish, row_interval
 from fusedattn.cpu.memory import (
+    get_atomic,
     get_f64,
     get_i32,
     get_i64,
@@ -53,6 +54,7 @@ def is_visible(params, mask_row, bias_row, key):
         return False
     return not (bias_row and bias_at(params, bias_row, key) == -math.inf)
 
+
 @kernel("iiiii>b")
 def is_kept(params, batch, head, row, key):
     """Whether dropout keeps the entry."""
@@ -60,10 +62,9 @@ def is_kept(params, batch, head, row, key):
     if not p.dropout:
         return True
     seed = p.seed
-    words = philox4x32(
-        key // 4, row, head, batch, seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
-    )
+    words = philox4x32(key // 4, row, head, batch, seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
     return words[key % 4] >= p.threshold
+
 
 @kernel("iiii>ii")
 def row_addresses(params, batch, head, row):
@@ -78,6 +79,7 @@ def row_addresses(params, batch, head, row):
         bias += head * p.bias_head + row * p.bias_row
     return mask, bias
 
+
 @kernel("iii>ii")
 def key_interval(params, batch, row):
     """The keys that lengths, window and causality leave to the row."""
@@ -90,6 +92,7 @@ def key_interval(params, batch, row):
         get_i64(p.seqused_k, batch),
     )
 
+
 def mark_visible(params, w, batch, first_key, n, keep_k, keep_v):
     """Mark, for the row in lane 0, the keys it sees and the values it multiplies."""
     p = params_at(params)
@@ -101,6 +104,7 @@ def mark_visible(params, w, batch, first_key, n, keep_k, keep_v):
         set_u8(keep_k, j, 1 if seen else 0)
         kept = seen and is_kept(params, batch, head, row, first_key + j)
         set_u8(keep_v, j, 1 if kept else 0)
+
 
 @kernel("iiiifii>f")
 def exact_score(params, q, k, bias_row, slope, position, key):
@@ -115,6 +119,7 @@ def exact_score(params, q, k, bias_row, slope, position, key):
     if bias_row:
         score += bias_at(params, bias_row, key)
     return score
+
 
 @kernel("iiii>b")
 def has_nan_value(params, batch, head, row):
@@ -137,9 +142,13 @@ def has_nan_value(params, batch, head, row):
             return True
     return False
 
+
 @kernel("iiiii>")
 def exact_row(params, w, batch, head, row):
-    """One row in float64, from the definition: maximum, weights, sum; rounded once."""
+    """One row in float64, from the definition: maximum, weights, sum; rounded once.
+
+    Left unfinished if told to stop.
+    """
     p = params_at(params)
     columns, v_dim = p.head_dim_v, p.v_dim
     used_q = get_i64(p.seqused_q, batch)
@@ -162,6 +171,8 @@ def exact_row(params, w, batch, head, row):
 
     largest, poisoned = sink, not sink < math.inf
     for key in range(low, high):
+        if get_atomic(params + COUNTER) >= STOP:
+            return
         if is_visible(params, mask_row, bias_row, key):
             score = exact_score(params, q, k + key * k_row, bias_row, slope, position, key)
             if score > largest:
@@ -180,6 +191,8 @@ def exact_row(params, w, batch, head, row):
     total = math.exp(sink - largest) if sink != -math.inf else 0.0
     if largest != -math.inf and not poisoned:
         for key in range(low, high):
+            if get_atomic(params + COUNTER) >= STOP:
+                return
             if not is_visible(params, mask_row, bias_row, key):
                 continue
             score = exact_score(params, q, k + key * k_row, bias_row, slope, position, key)
@@ -206,10 +219,11 @@ def exact_row(params, w, batch, head, row):
             mean = get_f64(sums, d) / total
             if not math.isfinite(mean):
                 mean = get_f64(shrunk, d) / total / SHRINK
-            # A mean lies between its values; the last rounding must not take it past them.
+            # A mean lies between its values, or between them and 0 where a sink takes weight; the
+            # last rounding must not take it past them.
             bound = greatest if mean > 0.0 else smallest
             limit = get_f64(bound, d)
-            if math.isinf(mean) and math.isfinite(limit) and sink == -math.inf:
+            if math.isinf(mean) and math.isfinite(limit):
                 mean = limit
             mean *= keep_scale
         write_storage(out + d * p.out_dim, p.out_storage, mean + 0.0)

@@ -8,6 +8,8 @@ many kernels call it, through `native`; `inlined` is for the few instructions of
 All arguments are addresses and counts (int64) or scalars (float64).
 """
 
+# mypy: disable-error-code="no-untyped-call"
+
 from __future__ import annotations
 
 import inspect
@@ -191,7 +193,9 @@ class Emitter:
 
     def _intrinsic(self, name: str, *operands: ir.Value) -> ir.Value:
         kind = operands[0].type
-        suffix = f"v{self.width}f{self.bits}" if isinstance(kind, ir.VectorType) else f"f{self.bits}"
+        suffix = (
+            f"v{self.width}f{self.bits}" if isinstance(kind, ir.VectorType) else f"f{self.bits}"
+        )
         function = cgutils.get_or_insert_function(
             self.builder.module,
             ir.FunctionType(kind, [kind] * len(operands)),
@@ -204,7 +208,7 @@ class Emitter:
         return self.builder.select(self.builder.fcmp_ordered(">", x, other), x, other)
 
     def at_least(self, x: ir.Value, floor: ir.Value) -> ir.Value:
-        """``floor > x ? floor : x``: a NaN in ``x`` stays a NaN. The order of operands is the law."""
+        """``floor > x ? floor : x``: a NaN in ``x`` stays one. The order of operands is the law."""
         return self.builder.select(self.builder.fcmp_ordered(">", floor, x), floor, x)
 
     def transpose(self, rows: Sequence[ir.Value]) -> list[ir.Value]:

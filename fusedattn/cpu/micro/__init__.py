@@ -1,0 +1,86 @@
+"""One tile's arithmetic: the micro-kernels, written as vector IR and called from the macro loops.
+
+A panel of queries lies across the lanes, so a tile of scores is stored transposed, as
+``S[key][lane]``: no operation of the softmax is horizontal, keys and value columns enter by
+broadcast from the caller's own rows, and nothing but the queries is ever packed. There is no
+mask logic here beyond "select minus infinity", no allocation and no loop over tiles.
+
+Arithmetic that decides bits:
+
+* every score is one chain of FMAs over at most ``CHAIN`` head dims, chains added in order;
+* every output column of a block is one chain of FMAs over the block's keys, begun at zero, and
+  joins the running output by one FMA. A hidden key is ``fma(v, 0, acc) = acc``, so a tile that is
+  skipped, computed in part or computed in full gives the same bits;
+* the running maximum is an integer in log2 units, so every rescaling is an exact power of two.
+
+Sources: online softmax, Milakov & Gimelshein 2018 (arXiv:1805.02867); block order,
+FlashAttention-2 (arXiv:2307.08691), algorithm 1; register tiles, Goto & van de Geijn 2008.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+
+from fusedattn.cpu.micro.base import LOG2_E
+from fusedattn.cpu.micro.copies import Copies
+from fusedattn.cpu.micro.dropout import Dropout
+from fusedattn.cpu.micro.panels import Panels
+from fusedattn.cpu.micro.passes import Passes
+from fusedattn.cpu.micro.rows import Rows
+from fusedattn.cpu.micro.softmax import UNSEEN, Softmax
+from fusedattn.cpu.micro.transposed import Transposed
+from fusedattn.cpu.simd import define
+from fusedattn.cpu.tile import Tile
+
+__all__ = ["GROUPS", "LOG2_E", "SIGNATURES", "UNSEEN", "emit_module"]
+
+# Arguments of each micro-kernel, see `define` and the methods of the classes for their names. Every
+# address points to rows of ``tile.lanes`` elements on a cache line, or to the caller's own memory.
+# They come in groups, each a module that is compiled when a call first needs it.
+GROUPS = {
+    "common": {
+        "weights": "iifiii>",
+        "hide_outside": "iiiii>",
+        "unpack": "iiiiii>",
+        "stage": "iiiiiiii>",
+        "dot": "iiiii>f",
+    },
+    "panels": {
+        "scores": "iiiiii>",
+        "accumulate": "iiiiiii>",
+        "pack": "iiiif>",
+    },
+    "rows": {
+        "row_scores": "iiiiiiiiii>",
+        "row_scores_of_reals": "iiiiiiiiii>",
+        "row_accumulate": "iiiiiiiiiii>",
+        "row_accumulate_of_reals": "iiiiiiiiiii>",
+        "gather": "iiiif>",
+    },
+    "passes": {
+        "multiply": "iif>",
+        "softcap": "iif>",
+        "alibi": "iiiii>",
+        "bias_tile": "iiiiii>",
+        "add": "iii>",
+    },
+    "mask": {
+        "mask_tile": "iiiiii>i",
+        "hide_masked": "iii>",
+        "copy": "iiiiiiii>",
+    },
+    "dropout": {"drop": "iiiiiiii>"},
+}
+SIGNATURES = {name: letters for group in GROUPS.values() for name, letters in group.items()}
+
+
+class _All(Panels, Rows, Softmax, Passes, Dropout, Transposed, Copies):
+    """Every micro-kernel under its name."""
+
+
+def emit_module(tile: Tile, group: str) -> ir.Module:
+    """Return the module with one group of micro-kernels for a tile shape."""
+    module, writer = ir.Module(name=f"fusedattn_{group}"), _All(tile)
+    for name, signature in GROUPS[group].items():
+        define(module, name, signature, getattr(writer, name), tile.bits, tile.width)
+    return module

@@ -1,0 +1,148 @@
+"""The softmax pass over a tile of scores, and the selection of what a row does not see."""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+
+from fusedattn.cpu.micro.base import EXPONENT_BITS, MANTISSA_BITS, Kernels
+from fusedattn.cpu.simd import I1, I8, I32, I64, Emitter
+
+# The maximum before any key was seen. Finite, so that no lane ever computes inf - inf; below every
+# score of the promised domain (at most max/4, times log2(e)).
+UNSEEN = {32: -3.0e38, 64: -1.6e308}
+
+# 2**f on [-1/2, 1/2], minimax, constant first: errors 2.0e-9 and 3.2e-18.
+EXP2 = {
+    32: (
+        1.0,
+        0.6931472067028326,
+        0.24022650922288757,
+        0.05550327226670302,
+        0.009618056678524637,
+        0.0013400428177615838,
+        0.0001546144469856913,
+    ),
+    64: (
+        1.0,
+        0.6931471805599453,
+        0.24022650695910158,
+        0.055504108664821625,
+        0.009618129107587256,
+        0.001333355814640647,
+        0.00015403530463724353,
+        1.5252733841556773e-05,
+        1.3215432535912375e-06,
+        1.0178057087733941e-07,
+        7.074194297288521e-09,
+        4.4558179083360645e-10,
+    ),
+}
+
+
+class Softmax(Kernels):
+    """Scores become weights."""
+
+    def weights(self, e: Emitter, s, n, to_log2, running_max, alpha, row_sum) -> None:
+        """Scores to unnormalised weights ``2**(to_log2 * s - max)``; updates the running state.
+
+        ``alpha`` becomes the power of two by which what was accumulated before must be rescaled.
+        """
+        build, vectors = e.builder, range(self.tile.vectors)
+        factor = e.splat(e.to_real(to_log2))
+        lowest = e.splat_const(UNSEEN[e.bits])
+        floor = e.splat_const(-float(EXPONENT_BITS[e.bits]))
+
+        # Two maxima in turn: one chain would wait for its own latency.
+        largest = [[e.variable(lowest) for _ in vectors] for _ in range(2)]
+
+        def maximise(j: ir.Value, turn: int) -> None:
+            row = e.pointer(e.offset(s, j, self.row_bytes))
+            for v in vectors:
+                value = e.larger(self._load(e, row, v), build.load(largest[turn][v]))
+                build.store(value, largest[turn][v])
+
+        pairs = build.ashr(n, I64(1))
+        with e.loop(pairs) as pair:
+            maximise(build.shl(pair, I64(1)), 0)
+            maximise(build.add(build.shl(pair, I64(1)), I64(1)), 1)
+        with build.if_then(build.trunc(n, I1)):
+            maximise(build.shl(pairs, I64(1)), 0)
+
+        old = self._vectors(e, running_max)
+        shift, rescale = [], []
+        any_large = e.variable(ir.Constant(ir.IntType(self.tile.width), 0))
+        for v in vectors:
+            row_max = e.larger(build.load(largest[0][v]), build.load(largest[1][v]))
+            new = e.larger(e.ceil(build.fmul(row_max, factor)), old[v])
+            shift.append(new)
+            power, _ = self._split_exponent(e, e.larger(build.fsub(old[v], new), floor))
+            rescale.append(power)
+            e.store(new, e.offset(running_max, v, self.vector_bytes), 16)
+            e.store(power, e.offset(alpha, v, self.vector_bytes), 16)
+            bits = build.bitcast(self._is_large(e, new), ir.IntType(self.tile.width))
+            build.store(build.or_(build.load(any_large), bits), any_large)
+
+        sums = [e.variable(e.splat_const(0.0)) for _ in vectors]
+
+        def to_weights(exponent: Any) -> None:
+            with e.loop(n) as j:
+                row = e.pointer(e.offset(s, j, self.row_bytes))
+                for v in vectors:
+                    x = e.at_least(exponent(self._load(e, row, v), v), floor)
+                    power, fraction = self._split_exponent(e, x)
+                    weight = build.fmul(self._polynomial(e, fraction, EXP2[e.bits]), power)
+                    self._store(e, weight, row, v)
+                    build.store(build.fadd(build.load(sums[v]), weight), sums[v])
+
+        def fused(score: ir.Value, v: int) -> ir.Value:
+            return e.fma(score, factor, build.fneg(shift[v]))
+
+        def rounded_first(score: ir.Value, v: int) -> ir.Value:
+            # A large maximum is itself a rounded product: the exponent must see the same rounding
+            # or it can come out far above zero. Lane by lane: neighbours must not move a bit.
+            product = build.fsub(build.fmul(score, factor), shift[v])
+            return build.select(self._is_large(e, shift[v]), product, fused(score, v))
+
+        none = ir.Constant(ir.IntType(self.tile.width), 0)
+        with build.if_else(build.icmp_unsigned("==", build.load(any_large), none)) as (then, other):
+            with then:
+                to_weights(fused)
+            with other:
+                to_weights(rounded_first)
+        before = self._vectors(e, row_sum)
+        for v in vectors:
+            total = e.fma(before[v], rescale[v], build.load(sums[v]))
+            e.store(total, e.offset(row_sum, v, self.vector_bytes), 16)
+
+    def _is_large(self, e: Emitter, x: ir.Value) -> ir.Value:
+        limit = e.splat_const(2.0 ** (MANTISSA_BITS[e.bits] - 1))
+        return e.builder.fcmp_ordered(">=", e.absolute(x), limit)
+
+    def hide_outside(self, e: Emitter, s, n, first_key, low, high) -> None:
+        """Minus infinity where not ``low[lane] <= first_key + j < high[lane]``."""
+        build = e.builder
+        lows, highs = self._vectors(e, low, e.i32vec), self._vectors(e, high, e.i32vec)
+        widths = [build.sub(b, a) for a, b in zip(lows, highs, strict=True)]
+
+        def hide(v: int, j: ir.Value, value: ir.Value) -> ir.Value:
+            key = e.splat(build.trunc(build.add(first_key, j), I32))
+            seen = build.icmp_unsigned("<", build.sub(key, lows[v]), widths[v])
+            return build.select(seen, value, e.splat_const(float("-inf")))
+
+        self._each(e, s, n, hide)
+
+    def hide_masked(self, e: Emitter, s, n, mask) -> None:
+        """Minus infinity where the byte ``mask[j][lane]`` is 0."""
+        build, byte_vec = e.builder, ir.VectorType(I8, self.tile.width)
+
+        def hide(v: int, j: ir.Value, value: ir.Value) -> ir.Value:
+            at = e.offset(mask, j, self.tile.lanes)
+            seen = e.load(build.add(at, I64(v * self.tile.width)), byte_vec)
+            kept = build.icmp_unsigned("!=", seen, e.splat_int(0, byte_vec))
+            return build.select(kept, value, e.splat_const(float("-inf")))
+
+        self._each(e, s, n, hide)
