@@ -185,15 +185,18 @@ class Template:
         for index, array in zip(_ADDRESSES, operands, strict=True):
             if array is not None:
                 words[index] = address_of(array)
-        # Slopes and sinks count in the accumulator type, whatever they are stored in.
         if slopes is not None:
-            slopes = slopes.astype(self._accumulator).astype(np.float64)
-            slopes = np.ascontiguousarray(np.broadcast_to(slopes, self._slopes_shape))
+            slopes = self._in_float64(np.broadcast_to(slopes, self._slopes_shape))
             words[_SLOPES] = address_of(slopes)
         if sinks is not None:
-            sinks = sinks.astype(self._accumulator).astype(np.float64, order="C")
+            sinks = self._in_float64(sinks)
             words[_SINKS] = address_of(sinks)
         return Bound(words, (self, operands, slopes, sinks, tables))
+
+    def _in_float64(self, values: NDArray[Any]) -> NDArray[np.float64]:
+        """Slopes or sinks, which count in the accumulator type whatever they are stored in."""
+        with np.errstate(all="ignore"):  # a NaN or an infinity is an answer here, no accident
+            return values.astype(self._accumulator).astype(np.float64, order="C")
 
     def _table(self, name: str, values: NDArray[Any]) -> None:
         """Enter the address of a table that lives as long as this object."""
