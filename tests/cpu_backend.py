@@ -1,0 +1,88 @@
+"""What the tests of the CPU backend share: any vector unit's tiles, and fresh processes."""
+
+import os
+import subprocess
+import sys
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from fusedattn.cpu import tile
+from fusedattn.cpu.backend import CPU
+from fusedattn.problem import make_problem
+from fusedattn.testing import EVERYTHING, Kernel
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+# LLVM makes any tile run on any machine: wide vectors become several narrow ones.
+ISAS = (tile.AVX512, tile.AVX2, tile.SIMD128)
+each_isa = pytest.mark.parametrize("isa", ISAS, ids=[isa.name for isa in ISAS])
+
+
+def attention_on(isa):
+    """`fusedattn.attention` by the kernels for one vector unit."""
+
+    def attention(q, k, v, *, out=None, **options):
+        problem = make_problem(q, k, v, out=out, **options)
+        with mock.patch.object(tile, "host_isa", return_value=isa):
+            result = CPU.forward(problem)
+        written = problem.restore(result.out) if out is None else out
+        return written if result.lse is None else (written, result.lse)
+
+    return attention
+
+
+def kernel_on(isa, dtypes=DTYPES):
+    """The same as a kernel that is held to every promise."""
+    return Kernel(attention_on(isa), supports=EVERYTHING, dtypes=dtypes, bitwise=True)
+
+
+def bits(array):
+    """The bits of an array, as integers: they tell -0.0 from 0.0 and one NaN from another."""
+    return np.ascontiguousarray(array).view(f"u{array.itemsize}")
+
+
+def assert_same_bits(actual, expected):
+    """Assert that two arrays (or pairs of out and lse) hold the same bits; NaN equals NaN."""
+    if isinstance(actual, tuple):
+        for one, other in zip(actual, expected, strict=True):
+            assert_same_bits(one, other)
+        return
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
+    same = (bits(actual) == bits(expected)) | (np.isnan(actual) & np.isnan(expected))
+    assert same.all(), f"{(~same).sum()} of {same.size} differ, first at {np.argwhere(~same)[0]}"
+
+
+def normal(seed, *shape, dtype=np.float32):
+    """Normal numbers from a seed."""
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def process(code, *arguments, **environment):
+    """Start a fresh interpreter on some code; keyword arguments set environment variables."""
+    variables = {**os.environ, **{name: str(value) for name, value in environment.items()}}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env={name: value for name, value in variables.items() if value != "None"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(child, seconds=60):
+    """Wait for a process; return its output if it ended well and said nothing on stderr."""
+    try:
+        out, err = child.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        raise AssertionError(f"still running after {seconds} s: {child.communicate()}") from None
+    assert (child.returncode, err) == (0, ""), f"exit {child.returncode}: {err}"
+    return out
+
+
+def python(code, *arguments, **environment):
+    """Run some code in a fresh interpreter and return what it prints."""
+    return finish(process(code, *arguments, **environment))
