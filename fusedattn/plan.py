@@ -66,7 +66,8 @@ class Call(NamedTuple):
         if not type(q) is type(k) is type(v) is np.ndarray:
             return None
         return (
-            *(q.shape, q.strides, q.dtype, k.shape, k.strides, k.dtype, v.shape, v.strides, v.dtype),
+            *(q.shape, q.strides, q.dtype, k.shape, k.strides, k.dtype),
+            *(v.shape, v.strides, v.dtype),
             *(q_offset is None, seqused_q is None, seqused_k is None),
             *[None if option is None else _part(option) for option in options],
         )

@@ -13,7 +13,7 @@ from fusedattn.cpu import threads
 from fusedattn.cpu.compile import get_micro, get_rescue, get_worker, known_rescue
 from fusedattn.cpu.forward import NEEDS_RESCUE, STOP
 from fusedattn.cpu.micro import GROUPS
-from fusedattn.cpu.params import Bound, Template, groups_of, tile_of
+from fusedattn.cpu.params import Bound, Template, groups_of, heads_per_item, tile_of
 from fusedattn.cpu.tile import FEW_ROWS, host_isa, tile_for
 from fusedattn.problem import AttentionProblem, Lengths, Result
 
@@ -107,11 +107,14 @@ class Cpu:
     def describe(self, problem: AttentionProblem) -> list[str]:
         """Say which kernel would run, for `fusedattn.explain`."""
         tile, isa = tile_of(problem), host_isa()
-        panels = tile.panels(problem.head_dim, problem.head_dim_v)
+        if "rows" in groups_of(problem, tile):
+            rows, how = heads_per_item(problem) * problem.seqlen_q, "the head dim"
+        else:
+            rows = tile.panels(problem.head_dim, problem.head_dim_v) * tile.lanes
+            how = f"queries, {tile.lanes} at once"
         return [
-            f"{isa.name}, {tile.vectors} x {tile.width} lanes hold queries, {tile.rows} keys in "
-            f"registers; {panels * tile.lanes} rows x {tile.block_k} keys per block; "
-            f"up to {threads.get_num_threads()} threads"
+            f"{isa.name}, lanes along {how}; {rows} rows x {tile.block_k} keys per block",
+            f"up to {threads.get_num_threads()} threads",
         ]
 
     def prepare(self, problem: AttentionProblem) -> Prepared:

@@ -16,7 +16,7 @@ class Copies(Kernels):
     def stage(
         self, e: Emitter, target, target_stride, source, stride, step, n, columns, keep
     ) -> None:
-        """Copy n rows as reals; where the byte in ``keep`` is 0 they become 0 (no ``keep``: all)."""
+        """Copy n rows as reals; those whose byte in ``keep``, if given, is 0 become 0."""
         rows = (target, target_stride, source, stride, step, n, columns, keep)
         self._copy(e, self.tile.storage, *rows)
 
