@@ -58,19 +58,19 @@ def on_reference(q, k, v, **keywords):
 
 def test_the_subject_of_the_mutants_is_right():
     report = check_attention(
-        Attention(), supports=EVERYTHING, dtypes=DTYPES, max_examples=25, seed=1
+        Attention(), supports=EVERYTHING, dtypes=DTYPES, max_examples=12, seed=1
     )
     assert report.ok, report
 
 
 def test_a_plain_float32_attention_is_accepted():
-    report = check_attention(plain_attention, seed=2)
+    report = check_attention(plain_attention, max_examples=40, seed=2)
     assert report.ok, report
 
 
 def test_a_masked_float32_attention_is_accepted():
     supports = {"causal", "mask", "scale", "return_lse"}
-    report = check_attention(plain_masked_attention, supports=supports, max_examples=50, seed=3)
+    report = check_attention(plain_masked_attention, supports=supports, max_examples=20, seed=3)
     assert report.ok, report
 
 

@@ -122,11 +122,13 @@ def test_hidden_rows_must_be_exact():
     assert (budget.out[0, 0] > 0).all()
 
 
-def test_a_lone_key_owes_nothing_to_its_logit():
+def test_a_lone_key_owes_nothing_to_the_error_of_its_logit():
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((1, 1, 64)).astype(F32) for _ in range(3))
-    budget = forward_budget(make_problem(1000 * q, k, v)).out
-    assert (budget <= 12 * 2.0**-24 * np.abs(v)).all()
+    problem = make_problem(q, k, v, return_lse=True)
+    lse = float(np.abs(reference.forward(problem).lse[0, 0]))
+    budget = forward_budget(problem).out
+    assert (budget <= (20 + 4 * lse) * 2.0**-24 * np.abs(v)).all()
 
 
 def test_a_stated_block_tightens_long_sums():

@@ -251,7 +251,7 @@ def attention_problems(
         if name in chosen and (name in focus or draw(st.integers(0, 3)) == 3)
     }
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    case = build(rng, size, dtype, styles, on, "full_range" in chosen)
+    case = build(rng, size, dtype, styles, on, "full_range" in chosen, len(dtypes) > 1)
     if "return_lse" in chosen and ("return_lse" in focus or rng.random() < 0.8):
         case = case.change(return_lse=True)
     if "strides" in on:
@@ -290,8 +290,12 @@ def build(
     styles: tuple[str, str, str, float | None],
     on: Collection[str],
     full_range: bool,
+    mixed: bool,
 ) -> Case:
-    """Fill a call with values from a generator; `on` names its features."""
+    """Fill a call with values from a generator; `on` names its features.
+
+    `mixed` says that bias, slopes and sinks may have other types than the accumulator's.
+    """
     keywords = positions(rng, size, on)
     accumulator = np.dtype(np.float64 if dtype == np.float64 else np.float32)
     # Three sources share a quarter of the range: the product, the bias and ALiBi.
@@ -300,10 +304,11 @@ def build(
         keywords["scale"] = float(rng.choice([0.5, 1.0, 0.0, -0.5, -2.0, 0.03, 7.3]))
     if "softcap" in on:
         keywords["softcap"] = float(rng.choice([1.0, 5.0, 30.0, 0.3, 50.0, 1e4]))
-    keywords |= logit_terms(rng, size, on, room)
+    float_dtype = functools.partial(_any_float, rng, accumulator, mixed)
+    keywords |= logit_terms(rng, size, on, room, float_dtype)
     if "sinks" in on:
         sinks = rng.standard_normal(size.num_heads) * rng.choice([1.0, 10.0, 100.0])
-        keywords["sinks"] = sinks.astype(_any_float(rng))
+        keywords["sinks"] = sinks.astype(float_dtype())
     keep = 1.0
     if "dropout_p" in on:
         keywords["dropout_p"] = float(rng.choice([0.5, 0.1, 0.9, 0.25, 0.999]))
@@ -369,24 +374,32 @@ def _length(rng: Generator, length: int) -> int:
     return int(rng.integers(0, length + 1))
 
 
-def _any_float(rng: Generator) -> np.dtype[Any]:
+def _any_float(rng: Generator, plain: np.dtype[Any], mixed: bool) -> np.dtype[Any]:
+    if not mixed:
+        return plain
     names = ["float32", "float64", "float16", "bfloat16"]
     dtype: np.dtype[Any] = np.dtype(str(rng.choice(names, p=[0.7, 0.1, 0.1, 0.1])))
     return dtype
 
 
-def logit_terms(rng: Generator, size: Shapes, on: Collection[str], room: float) -> dict[str, Any]:
+def logit_terms(
+    rng: Generator,
+    size: Shapes,
+    on: Collection[str],
+    room: float,
+    float_dtype: Callable[[], np.dtype[Any]],
+) -> dict[str, Any]:
     """Draw mask, bias and ALiBi slopes."""
     terms: dict[str, Any] = {}
     if "mask" in on:
         terms["mask"] = fill.mask_values(rng, broadcastable(rng, size.scores))
     if "bias" in on:
         shape = broadcastable(rng, size.scores)
-        terms["bias"], _ = fill.bias_values(rng, shape, _any_float(rng), room)
+        terms["bias"], _ = fill.bias_values(rng, shape, float_dtype(), room)
     if "alibi_slopes" in on:
         shape = size.scores[:-2] if rng.random() < 0.4 else (size.num_heads,)
         slopes = 2.0 ** rng.integers(-6, 2, shape) * rng.choice([1.0, 1.0, 1.0, -1.0], shape)
-        terms["alibi_slopes"] = slopes.astype(_any_float(rng))
+        terms["alibi_slopes"] = slopes.astype(float_dtype())
     return terms
 
 

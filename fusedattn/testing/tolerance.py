@@ -47,13 +47,14 @@ hence, with ``h_j = e_j + g_j`` and without neglecting second-order terms,
     |out' - out| <= sum_j w_j [exp(e_j) expm1(g_j) (|c_j v_j| + |out|)
                                + expm1(e_j) |c_j v_j - out|] / sum_j w_j exp(-h_j).
 
-A row with a single key owes nothing to its logit. (For large problems ``|c_j v_j - out|`` is
-replaced by ``|c_j v_j| + |out|``, which needs no array of keys times dims for each row.) ``out'``
-is a weighted mean too, so ``max_j |c_j v_j| + |out|`` bounds the same difference and takes over
-where logits are so large that their rounding errors decide the softmax. Division by the row sum,
-and ``1/(1-p)``, cost ``4u |out'|``; rounding to the output type ``u_out |out'|`` and half its
-smallest subnormal. A kernel that rounds its weights to a half type adds ``u_half`` to ``a_j`` and
-says so.
+A row with a single key owes nothing to the error of its logit. (For large problems ``|c_j v_j -
+out|`` is replaced by ``|c_j v_j| + |out|``, which needs no array of keys times dims for each row.)
+``out'`` is a weighted mean too, so ``max_j |c_j v_j| + |out|`` bounds the same difference and takes
+over where logits are so large that their rounding errors decide the softmax. Division by the row
+sum, and ``1/(1-p)``, cost ``4u |out'|``. A kernel may also weigh with ``exp(s_j - lse)``, as one
+that merges splits does: the roundings of the lse (below, all but its first term) then are a
+relative error of the output; rounding to the output type ``u_out |out'|`` and half its smallest
+subnormal. A kernel that rounds its weights to a half type adds ``u_half`` to ``a_j`` and says so.
 
 **lse.** ``m + log(sum)``: ``log sum_j w_j exp(h_j)``, at least as large as the error on the other
 side because the logarithm of a mean of exponentials is convex in ``h``, plus
@@ -218,11 +219,16 @@ class Weights:
         moved = np.log1p(change)
         widest = np.maximum(self.exponent.max(-1, initial=0.0), self.sink_exponent)
         moved = np.where(widest < _EXP_LIMIT, moved, np.maximum(moved, widest))
-        rest = self.u * (
-            4 * (np.abs(self.lse - self.row_max) + 1) + 2 * self.size_of_max + 2 * np.abs(self.lse)
-        )
-        budget = moved + rest + 4 * self.count * self.tiny
+        budget = moved + self.lse_rounding() + 4 * self.count * self.tiny
         return np.where(np.isfinite(self.lse) & ~np.isnan(budget), budget, 0.0)
+
+    def lse_rounding(self) -> Float64:
+        """Bound of the rounding errors of each row's lse, given exact weights."""
+        spread = np.abs(self.lse - self.row_max)
+        rounding: Float64 = self.u * (
+            4 * (spread + 1) + 2 * self.size_of_max + 2 * np.abs(self.lse)
+        )
+        return rounding
 
     def blurred(self, extra: float) -> Float64:
         """Weight times the relative error of its sums, and of its own rounding."""
@@ -322,7 +328,8 @@ def _out_budget(
     bound += _moved_means(weights, v, out, kept)
     bound /= weights.least()[..., None]
     bound = np.where(bound < v_max + ref, bound, v_max + ref)
-    bound = bound + (4 * u) * (ref + bound) + lost[..., None] * v_max
+    relative = 4 * u + np.expm1(np.minimum(weights.lse_rounding(), 1.0))[..., None]
+    bound = bound + relative * (ref + bound) + lost[..., None] * v_max
 
     bound, ref = bound * unit, ref * unit
     bound = bound + 4 * (weights.count[..., None] + 1) * tiny

@@ -58,7 +58,12 @@ def in_hull(kernel: Kernel, case: Case) -> None:
     size = np.maximum(np.abs(low), np.abs(high))
     # A weighted mean with positive weights, except for the roundings of its two sums.
     n = seen.sum(-2) + 1
-    roundings = 2 * np.expm1((6 * n + 6) * working_roundoff(problem))
+    u = working_roundoff(problem)
+    roundings = 2 * np.expm1((6 * n + 6) * u)
+    # Up to this size of the lse a kernel may normalise by exp(-lse), rounding errors and all.
+    lse = np.asarray(case.expected.lse, np.float64)[..., None]
+    lse = np.where(empty, 0.0, np.abs(lse))
+    roundings = roundings + np.minimum(8 * u * (lse + 2), 2.0**-10)
     half = unit_roundoff(case.q.dtype) if case.half_weights else 0.0
     slack = size * (roundings + 2 * half + unit_roundoff(problem.out_dtype))
     slack = slack + smallest_subnormal(problem.out_dtype)
@@ -144,6 +149,8 @@ def nan_reaches_the_output(kernel: Kernel, case: Case) -> None:
     if kernel.can("hidden_nan") or name == "q":
         # Rows that do not attend it are as the reference says; others may be NaN altogether.
         spoilt = any_over(must, -1)
+        if not kernel.can("hidden_nan"):
+            spoilt = spoilt | any_over(np.isnan(case.q), -1)
         out = np.where(spoilt[..., None], 0.0, answer.out.astype(np.float64))
         want = np.where(spoilt[..., None], 0.0, expected.out)
         assert_within(out, want, case.budget.out, name="out of rows that see no NaN")
