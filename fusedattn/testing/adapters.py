@@ -186,7 +186,7 @@ def jax(fn: Callable[..., Any]) -> Adapted:
         return None
 
     supports = {"scale", "causal", "window_size", "seqused_q", "seqused_k", "mask", "bias", "gqa"}
-    return _named("jax", fn, Adapted(attention, frozenset(supports | {"head_dim_v"}), domain))
+    return _named("jax", fn, Adapted(attention, frozenset(supports), domain))
 
 
 def flash_attn(fn: Callable[..., Any]) -> Adapted:

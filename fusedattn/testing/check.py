@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
+import numpy as np
 from hypothesis import HealthCheck, Phase, Verbosity
 from hypothesis.errors import HypothesisException
 
@@ -223,6 +224,10 @@ class _Trial:
 
     def attempt(self, case: Case) -> None:
         self.calls += 1
+        # Hypothesis seeds the global generators alike for every example; what a kernel draws from
+        # them is its own affair and must show as the accident it is.
+        random.seed()
+        np.random.seed()  # noqa: NPY002
         message = verdict(self.law, self.kernel, case)
         if self.failure is not None:
             self.since_failure += 1

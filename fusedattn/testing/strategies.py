@@ -399,6 +399,8 @@ def logit_terms(
     if "alibi_slopes" in on:
         shape = size.scores[:-2] if rng.random() < 0.4 else (size.num_heads,)
         slopes = 2.0 ** rng.integers(-6, 2, shape) * rng.choice([1.0, 1.0, 1.0, -1.0], shape)
+        if rng.random() < 0.5:
+            slopes = slopes * rng.uniform(1.0, 2.0, shape)
         terms["alibi_slopes"] = slopes.astype(float_dtype())
     return terms
 
