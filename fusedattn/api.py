@@ -328,6 +328,7 @@ def warmup(*, dtypes: Sequence[DTypeLike] = ("float32",)) -> None:
     for dtype in wanted:
         if dtype not in checks.ACCUMULATOR:
             raise TypeError(f"dtypes must hold {checks.FLOAT_NAMES}, but holds {dtype}")
+    dispatch.load("cpu")
     from fusedattn.cpu import backend
 
     backend.warmup([dtype.name for dtype in wanted])

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from fusedattn.checks import Array
 from fusedattn.problem import AttentionProblem, Lengths, Result
+from fusedattn.undisturbed import undisturbed
 
 
 class Prepared(Protocol):
@@ -64,7 +65,7 @@ def load(name: str) -> Backend:
         if name not in _PLACES:
             raise ValueError(f"backend must be None or one of {', '.join(NAMES)}, but is {name!r}")
         module, attribute = _PLACES[name]
-        backend = _loaded[name] = getattr(import_module(module), attribute)
+        backend = _loaded[name] = getattr(undisturbed(import_module, module), attribute)
     return backend
 
 

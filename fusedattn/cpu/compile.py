@@ -23,6 +23,7 @@ from fusedattn.cpu.half import link_half
 from fusedattn.cpu.memory import compile_kernels, numba_signature
 from fusedattn.cpu.micro import GROUPS, emit_module
 from fusedattn.cpu.tile import Tile
+from fusedattn.undisturbed import undisturbed
 
 # Its attributes are set from the environment when Numba is imported.
 config: Any = _config
@@ -47,15 +48,21 @@ class Micro(NamedTuple):
 
 
 def once(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let one thread compile; the others wait, and whoever comes later finds the result."""
+    """Let one thread compile; the others wait, and whoever comes later finds the result.
+
+    So does whoever comes again after an interrupt.
+    """
     results: dict[Any, Any] = {}
+
+    def make(arguments: tuple[Any, ...]) -> None:
+        with _lock:
+            if arguments not in results:
+                results[arguments] = function(*arguments)
 
     @functools.wraps(function)
     def wrapper(*arguments: Any) -> Any:
         if arguments not in results:
-            with _lock:
-                if arguments not in results:
-                    results[arguments] = function(*arguments)
+            undisturbed(make, arguments)
         return results[arguments]
 
     return wrapper
