@@ -148,6 +148,7 @@ def main():
     parser.add_argument("--examples", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    results = {}
     for name in given.names or PEERS:
         warnings.simplefilter("ignore")
         try:
@@ -158,11 +159,15 @@ def main():
         print(f"## {PEERS[name].__doc__} ({package} {importlib.metadata.version(package)})\n")
         numbers = {"max_examples": given.examples, "seed": given.seed}
         report = check_attention(**options, **numbers)
+        results[name] = {o.law: o.status for o in report.outcomes}
         show(report)
         if any(o.law == "rows_without_keys" and o.status == "failed" for o in report.outcomes):
             print("### The same, on calls in which every row sees a key\n")
             options["domain"] = every_row_sees_a_key(options.get("domain"))
-            show(check_attention(**options, **numbers))
+            narrow = check_attention(**options, **numbers)
+            results[f"{name}, keys in every row"] = {o.law: o.status for o in narrow.outcomes}
+            show(narrow)
+    show_table(results)
 
 
 def every_row_sees_a_key(domain):
@@ -174,6 +179,18 @@ def every_row_sees_a_key(domain):
         return None if domain is None else domain(problem)
 
     return narrow
+
+
+def show_table(results):
+    """Print which law holds where."""
+    print("## Law by law\n")
+    print("| law |", " | ".join(results), "|")
+    print("|---" * (len(results) + 1) + "|")
+    names = {"held": "holds", "failed": "**breaks**", "not promised": ""}
+    for law in next(iter(results.values())):
+        states = [names[found[law]] for found in results.values()]
+        if any(states):
+            print(f"| {law} |", " | ".join(states), "|")
 
 
 def show(report):
