@@ -14,7 +14,7 @@ from fusedattn.cpu.compile import get_micro, get_rescue, get_worker, known_rescu
 from fusedattn.cpu.forward import NEEDS_RESCUE, STOP
 from fusedattn.cpu.micro import GROUPS
 from fusedattn.cpu.params import Bound, Template, groups_of, heads_per_item, tile_of
-from fusedattn.cpu.tile import FEW_ROWS, host_isa, tile_for
+from fusedattn.cpu.tile import ROWS_PER_ITEM, host_isa, tile_for
 from fusedattn.problem import AttentionProblem, Lengths, Result
 
 # Below this much work waking a thread costs more than it saves.
@@ -44,7 +44,7 @@ class Prepared:
     def __init__(self, problem: AttentionProblem) -> None:
         tile = tile_of(problem)
         natives: dict[str, int] = {}
-        for group in groups_of(problem, tile):
+        for group in groups_of(problem):
             natives |= get_micro(tile, group).addresses
         self._template = Template(problem, tile, natives)
         self._flops = problem.flops
@@ -107,7 +107,7 @@ class Cpu:
     def describe(self, problem: AttentionProblem) -> list[str]:
         """Say which kernel would run, for `fusedattn.explain`."""
         tile, isa = tile_of(problem), host_isa()
-        if "rows" in groups_of(problem, tile):
+        if "rows" in groups_of(problem):
             rows, how = heads_per_item(problem) * problem.seqlen_q, "the head dim"
         else:
             rows = tile.panels(problem.head_dim, problem.head_dim_v) * tile.lanes
@@ -138,7 +138,7 @@ def warmup(dtypes: Iterable[str] = ("float32",)) -> None:
     for dtype in dtypes:
         for rows in WARMUP_ROWS:
             for group in GROUPS:
-                if group != "rows" or rows <= FEW_ROWS:
+                if group != "rows" or rows <= ROWS_PER_ITEM:
                     get_micro(tile_for(dtype, dtype, rows), group)
     get_worker()
     get_rescue()

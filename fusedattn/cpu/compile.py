@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
-import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -30,14 +28,7 @@ config: Any = _config
 
 Worker = Callable[[int, int], int]
 
-_lock = threading.RLock()
 _rescue: list[Any] = []
-
-if hasattr(os, "register_at_fork"):
-    # A fork in the midst of compiling would leave the child a lock that nobody opens: it waits.
-    os.register_at_fork(
-        before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
-    )
 
 
 class Micro(NamedTuple):
@@ -55,9 +46,8 @@ def once(function: Callable[..., Any]) -> Callable[..., Any]:
     results: dict[Any, Any] = {}
 
     def make(arguments: tuple[Any, ...]) -> None:
-        with _lock:
-            if arguments not in results:
-                results[arguments] = function(*arguments)
+        if arguments not in results:
+            results[arguments] = function(*arguments)
 
     @functools.wraps(function)
     def wrapper(*arguments: Any) -> Any:

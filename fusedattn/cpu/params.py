@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fusedattn.cpu.memory import STORAGE_CODE, view_as
 from fusedattn.cpu.micro import LOG2_E, SIGNATURES, UNSEEN
-from fusedattn.cpu.tile import FEW_ROWS, Tile, tile_for
+from fusedattn.cpu.tile import ROWS_PER_ITEM, Tile, tile_for
 from fusedattn.masks import relative_bounds
 from fusedattn.problem import AttentionProblem, Lengths
 
@@ -269,10 +269,9 @@ def _lower_scores(problem: AttentionProblem, record: NDArray[Any]) -> None:
     record["keep_scale"] = 1.0 / (1.0 - problem.dropout_p)
 
 
-def groups_of(problem: AttentionProblem, tile: Tile) -> list[str]:
+def groups_of(problem: AttentionProblem) -> list[str]:
     """Which groups of micro-kernels a problem needs."""
-    rows = heads_per_item(problem) * problem.seqlen_q
-    few = tile.takes_few(rows, problem.head_dim, problem.head_dim_v)
+    few = takes_few_rows(problem)
     needed = {
         "common": True,
         "rows": few,
@@ -284,6 +283,16 @@ def groups_of(problem: AttentionProblem, tile: Tile) -> list[str]:
     return [group for group, is_needed in needed.items() if is_needed]
 
 
+def takes_few_rows(problem: AttentionProblem) -> bool:
+    """Whether the lanes lie along the head dim; decided by lengths, dims and dtype alone."""
+    tile = _widest_tile(problem)
+    return tile.takes_few(problem.seqlen_q, problem.head_dim, problem.head_dim_v)
+
+
+def _widest_tile(problem: AttentionProblem) -> Tile:
+    return tile_for(STORAGE_NAME[problem.dtype], STORAGE_NAME[problem.out_dtype])
+
+
 def _in_natural_units(problem: AttentionProblem, few: bool) -> bool:
     """Whether scores take passes in natural units; few rows are not packed, which takes a sign."""
     options = (problem.softcap, problem.bias, problem.alibi_slopes)
@@ -293,8 +302,13 @@ def _in_natural_units(problem: AttentionProblem, few: bool) -> bool:
 def heads_per_item(problem: AttentionProblem) -> int:
     """How many query heads of a KV group lie across the lanes together.
 
-    They read the same keys. Where one head has few rows, the whole group shares the lanes.
+    They read the same keys. Where one head has few rows, as much of the group as there are lanes
+    for shares them.
     """
+    if takes_few_rows(problem):
+        lanes = min(ROWS_PER_ITEM, _widest_tile(problem).lanes)
+        most = max(1, lanes // max(1, problem.seqlen_q))
+        return max(n for n in range(1, most + 1) if problem.group_size % n == 0)
     return problem.group_size if problem.seqlen_q <= SHARED_ROWS else 1
 
 
@@ -317,7 +331,7 @@ def _lower_work(problem: AttentionProblem, tile: Tile, record: NDArray[Any]) -> 
     record["real_bytes"], record["unseen"] = tile.real_bytes, UNSEEN[tile.bits]
     record["storage"] = STORAGE_CODE[tile.storage]
     record["out_storage"] = STORAGE_CODE[tile.out_storage]
-    few = tile.takes_few(heads * problem.seqlen_q, problem.head_dim, problem.head_dim_v)
+    few = takes_few_rows(problem)
     record["few_rows"] = few
     for name in ("k", "v"):
         array = getattr(problem, name)
@@ -342,7 +356,7 @@ def _lower_scratch(tile: Tile, record: NDArray[Any]) -> None:
     row_output_stride = -(-head_dim_v * size // vector) * vector
     record["row_queries_stride"] = row_queries_stride
     record["row_output_stride"] = row_output_stride
-    few = FEW_ROWS if record["few_rows"] else 0
+    few = ROWS_PER_ITEM if record["few_rows"] else 0
     tile_bytes = keys * lanes * size
     sizes = {
         "queries": rows * head_dim * size,

@@ -20,9 +20,12 @@ STORAGE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 ITEM_BYTES = 192 * 1024
 
 
-# Few rows of queries: groups of so many share each load of a key or value.
+# Up to so many query rows per head (whatever the number of heads: one head must not change the bits
+# of another) the lanes lie along the head dim. Groups of rows then share each load of a key or
+# value, and so many rows of a KV group make an item.
+FEW_ROWS = 4
 ROWS_TOGETHER = 4
-FEW_ROWS = 16
+ROWS_PER_ITEM = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +90,10 @@ class Tile:
         """Query rows per panel."""
         return self.width * self.vectors
 
-    def takes_few(self, rows: int, head_dim: int, head_dim_v: int) -> bool:
+    def takes_few(self, seqlen_q: int, head_dim: int, head_dim_v: int) -> bool:
         """Whether the products for few rows serve: lanes along the head dim, memory in order."""
         whole_vectors = min(head_dim, head_dim_v) >= self.width >= ROWS_TOGETHER
-        return whole_vectors and rows <= min(FEW_ROWS, self.lanes)
+        return whole_vectors and seqlen_q <= FEW_ROWS
 
     def panels(self, head_dim: int, head_dim_v: int) -> int:
         """Return the number of panels of one work item, 1 to 4."""
