@@ -13,9 +13,8 @@ from fusedattn.testing.gradient_tolerance import backward_budget
 from fusedattn.testing.kernel import CAPABILITIES, EVERYTHING, KEYWORDS, Kernel
 from fusedattn.testing.literals import unpack
 from fusedattn.testing.report import Failure, Outcome, Report
+from fusedattn.testing.sizes import Shapes, Sizes
 from fusedattn.testing.strategies import (
-    Shapes,
-    Sizes,
     attention_problems,
     layouts,
     magnitudes,

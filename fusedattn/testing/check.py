@@ -83,7 +83,7 @@ def check_attention(
     seed : int, optional
         Seed of all draws. Without it one is chosen and reported.
     laws : iterable of str, optional
-        Names of the laws to try, or beginnings of them; all by default.
+        Names of the laws to try, or beginnings such as ``"equals_reference["``; all by default.
     xfail : mapping, or path of a file, optional
         Laws known to fail, with reasons. A law that holds in spite of it fails the check. The file
         has lines ``law: reason``.
@@ -133,14 +133,18 @@ def check_attention(
 
 
 def select_laws(names: Iterable[str] | None) -> tuple[Law, ...]:
-    """Return the laws that have one of these names, or begin with one."""
+    """Return the laws that have one of these names, or else begin with one."""
     if names is None:
         return ALL
     wanted = tuple(names)
     for name in wanted:
         if not any(law.name.startswith(name) for law in ALL):
             raise ValueError(f"there is no law {name!r}; the laws are {[law.name for law in ALL]}")
-    return tuple(law for law in ALL if law.name.startswith(wanted))
+    exact = {law.name for law in ALL}.intersection(wanted)
+    beginnings = tuple(name for name in wanted if name not in exact)
+    return tuple(
+        law for law in ALL if law.name in exact or (beginnings and law.name.startswith(beginnings))
+    )
 
 
 def read_xfail(xfail: Mapping[str, str] | str | Path | None) -> dict[str, str]:

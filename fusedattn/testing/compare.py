@@ -1,9 +1,16 @@
 """Comparison with a budget, in which NaN never passes by accident."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+class Budget(NamedTuple):
+    """Largest permitted ``|actual - reference|`` of the two results, elementwise."""
+
+    out: NDArray[np.float64]
+    lse: NDArray[np.float64]
 
 
 def assert_within(

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from fusedattn.problem import AttentionProblem, Gradients
 from fusedattn.testing.roundoff import (
+    change_of_weight,
     largest,
     smallest_normal,
     smallest_subnormal,
@@ -36,7 +37,6 @@ from fusedattn.testing.rows import Float64, RowBlock, any_over, kv_heads, row_bl
 from fusedattn.testing.tolerance import (
     Weights,
     capped_error,
-    change_of_weight,
     forward_budget,
     kept_places,
     working_roundoff,

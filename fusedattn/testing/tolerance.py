@@ -75,16 +75,18 @@ sink, up to the rounding of the sink. Where the output type cannot hold the valu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fusedattn import reference
 from fusedattn.problem import AttentionProblem
-from fusedattn.testing.compare import assert_within
+from fusedattn.testing.compare import Budget, assert_within
+from fusedattn.testing.merge_tolerance import merge_budget
 from fusedattn.testing.roundoff import (
+    EXP_LIMIT,
+    change_of_weight,
     largest,
     smallest_normal,
     smallest_subnormal,
@@ -94,18 +96,8 @@ from fusedattn.testing.rows import Bool, Float64, RowBlock, any_over, kv_heads, 
 
 __all__ = ["Budget", "assert_within", "forward_budget", "merge_budget", "unit_roundoff"]
 
-# Exponents beyond this have left the range in which exp() of a float64 is finite.
-_EXP_LIMIT = 700.0
-
 # Beyond this many (row, key, dim) triples the cheaper bound of |c_j v_j - out| is taken.
 _EXACT_MEANS = 1 << 18
-
-
-class Budget(NamedTuple):
-    """Largest permitted ``|actual - reference|`` of the two results, elementwise."""
-
-    out: Float64
-    lse: Float64
 
 
 def working_roundoff(problem: AttentionProblem) -> float:
@@ -218,7 +210,7 @@ class Weights:
         )
         moved = np.log1p(change)
         widest = np.maximum(self.exponent.max(-1, initial=0.0), self.sink_exponent)
-        moved = np.where(widest < _EXP_LIMIT, moved, np.maximum(moved, widest))
+        moved = np.where(widest < EXP_LIMIT, moved, np.maximum(moved, widest))
         budget = moved + self.lse_rounding() + 4 * self.count * self.tiny
         return np.where(np.isfinite(self.lse) & ~np.isnan(budget), budget, 0.0)
 
@@ -232,13 +224,13 @@ class Weights:
 
     def blurred(self, extra: float) -> Float64:
         """Weight times the relative error of its sums, and of its own rounding."""
-        w: Float64 = np.exp(np.minimum(self.log_w + self.exponent, _EXP_LIMIT))
+        w: Float64 = np.exp(np.minimum(self.log_w + self.exponent, EXP_LIMIT))
         blurred: Float64 = w * np.expm1(self.chain + extra)
         return blurred
 
     def sink_blurred(self) -> Float64:
         """Give the same for the sink."""
-        w: Float64 = np.exp(np.minimum(self.sink_log_w + self.sink_exponent, _EXP_LIMIT))
+        w: Float64 = np.exp(np.minimum(self.sink_log_w + self.sink_exponent, EXP_LIMIT))
         blurred: Float64 = w * np.expm1(self.sink_chain)
         return blurred
 
@@ -289,13 +281,6 @@ def logit_error(problem: AttentionProblem, block: RowBlock) -> Float64:
         size = block.dot_size if cap is None else np.abs(block.capped)
         error = error + 6 * working_roundoff(problem) * (size + block.added_size)
     return error
-
-
-def change_of_weight(log_w: Float64, error: Float64) -> Float64:
-    """``w * expm1(error)``, also where ``w`` underflows and the error is huge."""
-    w = np.exp(log_w)
-    large = np.exp(np.minimum(log_w + error, _EXP_LIMIT)) - w
-    return np.where(error < 1, w * np.expm1(np.minimum(error, 1.0)), large)
 
 
 def _out_budget(
@@ -354,64 +339,3 @@ def _moved_means(weights: Weights, v: Float64, out: Float64, kept: Bool | None) 
         distance = np.abs(v[..., None, :, :] - out[..., None, :])
         spread = (change[..., None, :] @ distance)[..., 0, :]
     return spread + sink + dropped
-
-
-def merge_budget(
-    parts: Sequence[tuple[NDArray[Any], NDArray[Any]]],
-    budgets: Sequence[tuple[NDArray[Any], NDArray[Any]]] | None = None,
-) -> Budget:
-    """Largest error of merged partial results, for each element of out and lse.
-
-    Parameters
-    ----------
-    parts : sequence of (out, lse)
-        Exact partial results over disjoint keys, ``out`` of shape ``(..., seq, dim)`` and ``lse``
-        of shape ``(..., seq)``, in the types in which they are stored.
-    budgets : sequence of (out, lse), optional
-        Budgets of those parts when they come from a kernel; 0 by default.
-
-    Returns
-    -------
-    Budget
-        As `forward_budget`, for the merged result in the types of the parts.
-    """
-    out_dtype, lse_dtype = parts[0][0].dtype, parts[0][1].dtype
-    u = unit_roundoff(lse_dtype) + 2.0**-53
-    out = np.stack([np.asarray(part[0], np.float64) for part in parts])
-    lse = np.stack([np.asarray(part[1], np.float64) for part in parts])
-    out_error, lse_error = np.zeros(out.shape), np.zeros(lse.shape)
-    if budgets is not None:
-        out_error = np.stack([np.asarray(budget[0], np.float64) for budget in budgets])
-        lse_error = np.stack([np.asarray(budget[1], np.float64) for budget in budgets])
-    with np.errstate(all="ignore"):
-        row_max = lse.max(0)
-        present = np.isfinite(lse)
-        shift = np.where(np.isfinite(row_max), row_max, 0.0)
-        total = np.log(np.exp(lse - shift).sum(0)) + shift
-        safe_total = np.where(np.isfinite(total), total, 0.0)
-        log_w = lse - safe_total
-        sizes = np.where(present, np.abs(lse), 0.0) + np.abs(shift) + 1
-        exponent = np.where(present, lse_error + u * (2 * sizes + 7 * len(parts) + 4), 0.0)
-        change, w = change_of_weight(log_w, exponent), np.exp(log_w)
-        ref = np.abs((w[..., None] * out).sum(0))
-        moved = (change[..., None] * np.abs(out)).sum(0) + ref * change.sum(0)[..., None]
-        moved = moved + ((w + change)[..., None] * out_error).sum(0)
-        bound = moved / np.exp(log_w - exponent).sum(0)[..., None]
-        widest = (np.abs(out) + out_error).max(0) + ref
-        bound = np.where(bound < widest, bound, widest)
-        bound = (
-            bound
-            + 4 * u * (ref + bound)
-            + 4 * len(parts) * smallest_normal(lse_dtype) * (1 + np.abs(out).max(0))
-        )
-        bound = bound + unit_roundoff(out_dtype) * (ref + bound) + smallest_subnormal(out_dtype)
-        lse_bound = np.log1p(change.sum(0))
-        lse_bound = np.where(exponent.max(0) < _EXP_LIMIT, lse_bound, exponent.max(0))
-        lse_bound = lse_bound + u * (
-            4 * (np.abs(total - row_max) + 1) + 2 * (np.abs(shift) + 1) + 2 * np.abs(safe_total)
-        )
-    empty = ~np.isfinite(total)
-    return Budget(
-        np.where(empty[..., None] | np.isnan(bound), 0.0, bound),
-        np.where(empty | np.isnan(lse_bound), 0.0, lse_bound),
-    )

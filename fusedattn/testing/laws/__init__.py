@@ -16,7 +16,8 @@ from hypothesis.strategies import SearchStrategy
 from fusedattn.testing.cases import Case
 from fusedattn.testing.kernel import KEYWORDS, Kernel
 from fusedattn.testing.laws import equality, gradients, isolation, refusal, symmetry
-from fusedattn.testing.strategies import HEAD_DIMS, Sizes, attention_problems
+from fusedattn.testing.sizes import HEAD_DIMS, Sizes
+from fusedattn.testing.strategies import attention_problems
 
 # For laws that call often or compare every (row, key, dim) triple.
 SMALL = Sizes(
