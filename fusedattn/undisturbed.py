@@ -1,5 +1,6 @@
 """Work that no signal may break off in the midst."""
 
+import os
 import threading
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
@@ -7,18 +8,27 @@ from typing import ParamSpec, TypeVar
 Parameters = ParamSpec("Parameters")
 Returned = TypeVar("Returned")
 
+_lock = threading.RLock()
+
+if hasattr(os, "register_at_fork"):
+    # A fork in the midst of such work would leave the child with half of it, and with locks that
+    # nobody opens: it waits.
+    os.register_at_fork(
+        before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
+    )
+
 
 def undisturbed(
     function: Callable[Parameters, Returned],
     *arguments: Parameters.args,
     **keywords: Parameters.kwargs,
 ) -> Returned:
-    """Call a function where no signal handler runs: on a thread of its own.
+    """Call a function where no signal handler runs, one at a time; a fork waits for it.
 
     For imports and compilers. Ctrl-C in the midst of them may be swallowed by a callback, or leave
-    a package half imported and a registry half filled for good. Here the main thread only waits and
-    leaves at once when it is interrupted; what was begun is finished behind its back, so what the
-    function does must be of use to a later call.
+    a package half imported and a registry half filled for good. Signal handlers run on the main
+    thread, which here only waits for another one, and leaves at once when it is interrupted. What
+    was begun is finished behind its back: what the function does must be of use to a later call.
 
     Raises
     ------
@@ -31,14 +41,16 @@ def undisturbed(
     (3, 2)
     """
     if threading.current_thread() is not threading.main_thread():
-        return function(*arguments, **keywords)  # signal handlers run on the main thread alone
+        with _lock:
+            return function(*arguments, **keywords)
     results: list[Returned] = []
     errors: list[BaseException] = []
     finished = threading.Event()
 
     def run() -> None:
         try:
-            results.append(function(*arguments, **keywords))
+            with _lock:
+                results.append(function(*arguments, **keywords))
         except BaseException as error:
             errors.append(error)
         finally:

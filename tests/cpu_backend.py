@@ -72,7 +72,7 @@ def process(code, *arguments, **environment):
     )
 
 
-def finish(child, seconds=60):
+def finish(child, seconds=120):
     """Wait for a process; return its output if it ended well and said nothing on stderr."""
     try:
         out, err = child.communicate(timeout=seconds)
