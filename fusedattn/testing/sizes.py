@@ -17,8 +17,35 @@ Domain = Callable[[AttentionProblem], str | None]
 # Small lengths three times as often, then the edges of the usual blocks.
 _SMALL = (1, 2, 3, 4, 5, 6, 7, 8)
 _EDGES = (9, 12, 15, 16, 17, 24, 31, 32, 33, 47, 48, 49, 63, 64, 65, 95, 96, 97, 100, 127, 128, 129)
-LENGTHS = (*_SMALL, *_SMALL, *_SMALL, *_EDGES, 130, 160, 191, 193, 255, 256, 257, 300)
-HEAD_DIMS = (4, 1, 2, 3, 5, 7, 8, 8, 16, 16, 4, 3, 13, 24, 32, 33, 40, 64, 64, 65, 80, 96, 128, 192)
+LENGTHS = (*_SMALL, *_SMALL, *_SMALL, *_EDGES, 130, 160, 191, 193, 255, 256, 257, 300, 513, 1025)
+HEAD_DIMS = (
+    4,
+    1,
+    2,
+    3,
+    5,
+    7,
+    8,
+    8,
+    16,
+    16,
+    4,
+    3,
+    13,
+    24,
+    32,
+    33,
+    40,
+    64,
+    64,
+    65,
+    80,
+    96,
+    128,
+    192,
+    257,
+    576,
+)
 # A case holds no more logits than one head of 257 by 257.
 MAX_LOGITS = 257 * 257
 
@@ -63,9 +90,9 @@ class Sizes:
     seqlen_k: tuple[int, ...] = LENGTHS
     head_dim: tuple[int, ...] = HEAD_DIMS
     head_dim_v: tuple[int, ...] = HEAD_DIMS
-    num_heads_kv: tuple[int, ...] = (1, 2, 1, 3, 4)
-    group_size: tuple[int, ...] = (2, 1, 3, 4)
-    batch: tuple[int, ...] = (1, 2, 3)
+    num_heads_kv: tuple[int, ...] = (1, 2, 1, 3, 4, 9)
+    group_size: tuple[int, ...] = (2, 1, 3, 4, 8)
+    batch: tuple[int, ...] = (1, 2, 3, 1, 2, 5)
     square: bool | None = None  # whether seqlen_q and seqlen_k must be, or never are, equal
 
 

@@ -35,7 +35,7 @@ def shapes(
     square = sizes.square
     if square is None:
         square = seqlen_k in sizes.seqlen_q and draw(st.integers(0, 2)) == 2
-    if square:
+    if square and seqlen_k**2 <= MAX_LOGITS:
         seqlen_q = seqlen_k
     head_dim = draw(st.sampled_from(sizes.head_dim))
     head_dim_v = head_dim
@@ -56,7 +56,8 @@ def shapes(
         seqlen_q = seqlen_k = heads_kv = draw(st.sampled_from((2, 3, 4)))
         group, batch_shape, head_dim_v = 1, (seqlen_q,), head_dim
     # Long sequences come alone.
-    seqlen_q = max(1, min(seqlen_q, MAX_LOGITS // seqlen_k)) if not square else seqlen_q
+    if sizes.square is None:
+        seqlen_q = max(1, min(seqlen_q, MAX_LOGITS // seqlen_k))
     while (n := int(np.prod(batch_shape))) * heads_kv * group * seqlen_q * seqlen_k > MAX_LOGITS:
         if n > 1:
             batch_shape = tuple(1 for _ in batch_shape)

@@ -7,6 +7,7 @@ that are drawn for each and with what a kernel must declare to be held to it.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -41,6 +42,7 @@ BATCHES = Sizes(
     head_dim_v=SMALL.head_dim_v,
     batch=(2, 3, 4),
 )
+SQUARE = dataclasses.replace(SMALL, square=True)
 FAR = Sizes((1, 3), (2, 5), (4, 8), (4, 8), (1, 2), (1, 2), (2,))
 
 _POSITIONS = ("causal", "window_size", "alibi_slopes", "q_offset", "seqused_q", "seqused_k")
@@ -283,7 +285,15 @@ ALL: tuple[Law, ...] = (
         without=("leading_axes", "zero_size", "layout", "out", "strides"),
         sizes=FAR,
         tame=True,
-        share=0.03,
+        share=0.08,
+    ),
+    Law(
+        "operands_may_be_one_array",
+        isolation.operands_may_be_one_array,
+        without=("gqa", "head_dim_v", "layout", "out", "strides"),
+        sizes=SQUARE,
+        tame=True,
+        share=0.1,
     ),
     Law(
         "concurrent_calls_do_not_mix",

@@ -254,28 +254,47 @@ def concurrent_calls_do_not_mix(kernel: Kernel, case: Case) -> None:
 
 
 def far_memory_is_reached(kernel: Kernel, case: Case) -> None:
-    """Batch items may lie further apart than 2**32 elements.
+    """Batch items, heads and rows may lie further apart than 2**32 elements.
 
-    Only the touched pages of such an array exist. If this does not hold, an offset was computed in
+    Only the touched pages of such arrays exist. If this does not hold, an offset was computed in
     32 bits and wraps around.
     """
-    items = case.k.shape[0]
-    # An offset that wraps around, in elements or in bytes, lands in the first item's memory.
-    apart = (2**32 + 64) * case.k.itemsize
-    size = apart * (items - 1) + case.k[0].nbytes
-    if sys.platform != "linux":
+    axis = int(case.rng.integers(3))
+    far = [_far(getattr(case, name), axis) for name in "qkv"]
+    if any(array is None for array in far):
         return
+    result = quietly(kernel.fn, *far, **case.keywords)
+    out = result[0] if isinstance(result, tuple) else result
+    near = kernel(case)
+    assert_same(kernel, Answer(np.array(out), None), Answer(near.out, None), case)
+
+
+def _far(values: Array, axis: int) -> Array | None:
+    """Lay an array out with one axis of huge stride, or return None where that cannot be done."""
+    if sys.platform != "linux":
+        return None
+    # An offset that wraps around, in elements or in bytes, lands in the first item's memory.
+    apart = (2**32 + values.size + 64) * values.itemsize
+    strides = list(values.strides)
+    strides[axis] = apart
+    size = apart * (values.shape[axis] - 1) + values.nbytes
     try:
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
     except OSError:
-        return  # the address space is limited here
-    far = np.ndarray(
-        case.k.shape, case.k.dtype, buffer=memory, strides=(apart, *case.k.strides[1:])
-    )
-    far[...] = case.k
-    keywords = {k: v for k, v in case.keywords.items() if k != "layout"}
-    result = kernel.fn(case.q.copy(), far, case.v.copy(), **keywords)
-    near = kernel(case)
-    out = result[0] if isinstance(result, tuple) else result
-    del result
-    assert_same(kernel, Answer(np.array(out), None), Answer(near.out, None), case)
+        return None  # the address space is limited here
+    far = np.ndarray(values.shape, values.dtype, buffer=memory, strides=tuple(strides))
+    far[...] = values
+    return far
+
+
+def operands_may_be_one_array(kernel: Kernel, case: Case) -> None:
+    """q, k and v may be one and the same array.
+
+    If this does not hold, self-attention of raw embeddings is computed from what the call itself
+    has written, or from something remembered for another operand.
+    """
+    case = case.change(k=case.q, v=case.q).without("layout")
+    array = case.q.copy()
+    result = quietly(kernel.fn, array, array, array, **case.keywords)
+    out, lse = result if isinstance(result, tuple) else (result, None)
+    assert_equals_reference(Answer(out, lse), case)
