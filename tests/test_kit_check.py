@@ -198,6 +198,22 @@ def test_a_case_prints_as_code_that_makes_it_again():
     assert again.code() == case.code()
 
 
+def rounds_weights(q, k, v):
+    """Exact but for its weights, which are rounded to the type of the inputs."""
+    wide = [x.astype(np.float32) for x in (q, k, v)]
+    scores = wide[0] @ wide[1].swapaxes(-1, -2) * np.float32(q.shape[-1] ** -0.5)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    total = weights.sum(-1, keepdims=True)
+    return ((weights.astype(q.dtype).astype(np.float32) @ wide[2]) / total).astype(q.dtype)
+
+
+def test_half_weights_have_to_be_confessed():
+    options = {"dtypes": ("float16", "bfloat16"), "max_examples": 15, "seed": 0}
+    report = check_attention(rounds_weights, supports={"half_weights"}, **options)
+    assert report.ok, report
+    assert not check_attention(rounds_weights, laws=["equals_reference", "linear"], **options).ok
+
+
 def test_a_suite_has_one_test_a_promised_law(pytester):
     pytester.makepyfile(
         """
