@@ -135,16 +135,16 @@ def test_an_exception_is_a_failure_with_its_text():
 def test_a_domain_is_kept_to():
     seen = []
 
-    def picky(q, k, v):
+    def picky(q, k, v, *, mask=None):
         seen.append((q.shape[-1], q.shape[-2] % 16, k.shape[-2] % 16))
-        return plain_attention(q, k, v)
+        return plain_masked_attention(q, k, v, mask=mask)
 
     def domain(problem):
         if problem.head_dim not in (32, 64) or problem.head_dim_v != problem.head_dim:
             return "head_dim must be 32 or 64"
         return "lengths in 16" if problem.seqlen_q % 16 or problem.seqlen_k % 16 else None
 
-    report = check_attention(picky, domain=domain, max_examples=4, seed=0)
+    report = check_attention(picky, domain=domain, max_examples=4, seed=0, supports={"mask"})
     assert report.ok, report
     assert {d for d, _, _ in seen} == {32, 64}
     assert {(a, b) for _, a, b in seen} == {(0, 0)}

@@ -131,7 +131,7 @@ def _sizes_within(
     kept["head_dim"] = tuple(
         n for n in sizes.head_dim if admits(head_dim=n, **({"head_dim_v": n} if joint else {}))
     ) or (base["head_dim"],)
-    square = None
+    square = sizes.square
     if not admits(seqlen_q=kept["seqlen_q"][-1], seqlen_k=kept["seqlen_k"][0]):
         square = True
     return Sizes(**kept, square=square)
