@@ -1,5 +1,6 @@
 """What this machine is, what it has room for, and how much memory this process has held."""
 
+import mmap
 import os
 import platform
 import sys
@@ -137,16 +138,16 @@ def current_memory() -> int | None:
 
 def peak_extra(call: Callable[[], object]) -> int | None:
     """Run a call and return the most bytes it held beyond those held before, None if unknown."""
-    import numpy as np
-
     peak, held = peak_memory(), current_memory()
     if peak is None or held is None:
         call()
         return None
     # What was held at some time and given back would hide the call's own memory, so hold that much.
-    ballast = np.ones(max(0, peak - held) + _MIB, np.uint8)
-    before = peak_memory()
-    call()
-    after = peak_memory()
-    del ballast
+    # Pages of its own, because the allocator would serve it from memory that is held already.
+    with mmap.mmap(-1, max(0, peak - held) + _MIB) as ballast:
+        for page in range(0, len(ballast), mmap.PAGESIZE):
+            ballast[page] = 1
+        before = peak_memory()
+        call()
+        after = peak_memory()
     return None if before is None or after is None else after - before
