@@ -60,11 +60,15 @@ def normal(seed, *shape, dtype=np.float32):
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
+# A shell starts its background jobs deaf to Ctrl-C, and so would be what they start.
+HEAR_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+
+
 def process(code, *arguments, **environment):
     """Start a fresh interpreter on some code; keyword arguments set environment variables."""
     variables = {**os.environ, **{name: str(value) for name, value in environment.items()}}
     return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
+        [sys.executable, "-c", HEAR_CTRL_C + code, *map(str, arguments)],
         env={name: value for name, value in variables.items() if value != "None"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
