@@ -1,5 +1,6 @@
 """Work that no signal may break off in the midst."""
 
+import functools
 import os
 import threading
 from collections.abc import Callable
@@ -8,14 +9,33 @@ from typing import ParamSpec, TypeVar
 Parameters = ParamSpec("Parameters")
 Returned = TypeVar("Returned")
 
-_lock = threading.RLock()
+# A fork waits so many seconds at most.
+PATIENCE = 30.0
 
-if hasattr(os, "register_at_fork"):
-    # A fork in the midst of such work would leave the child with half of it, and with locks that
-    # nobody opens: it waits.
-    os.register_at_fork(
-        before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
-    )
+_lock = threading.RLock()
+_held: list[bool] = []
+
+
+@functools.cache
+def _guard_forks() -> None:
+    """Let a fork wait for this work: the child would have half of it, and locks nobody opens.
+
+    Of all such hooks the last one registered comes first. That of `logging` takes a lock that
+    imports need, so it must not come before this one.
+    """
+    import logging  # noqa: F401
+
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(
+            before=lambda: _held.append(_lock.acquire(timeout=PATIENCE)),
+            after_in_parent=_after_fork,
+            after_in_child=_after_fork,
+        )
+
+
+def _after_fork() -> None:
+    if _held.pop():
+        _lock.release()
 
 
 def undisturbed(
@@ -40,6 +60,7 @@ def undisturbed(
     >>> undisturbed(divmod, 17, 5)
     (3, 2)
     """
+    _guard_forks()
     if threading.current_thread() is not threading.main_thread():
         with _lock:
             return function(*arguments, **keywords)

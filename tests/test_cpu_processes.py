@@ -12,7 +12,7 @@ import fusedattn
 warnings.simplefilter("ignore", DeprecationWarning)  # fork() in a process with threads
 fusedattn.set_num_threads(2)
 rng = np.random.default_rng(0)
-large = [rng.standard_normal((1, 4, 700, 64), np.float32) for _ in range(3)]
+large = [rng.standard_normal((1, 4, 1100, 64), np.float32) for _ in range(3)]
 medium = [x[:, :2, :300] for x in large]
 
 def answer():

@@ -12,6 +12,8 @@ import functools
 import os
 from dataclasses import dataclass
 
+from fusedattn.undisturbed import undisturbed
+
 # Element types as they lie in memory, by NumPy's (and ml_dtypes') names, with their size in bytes.
 STORAGE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -56,7 +58,8 @@ def host_isa() -> Isa:
     else:
         import llvmlite.binding as llvm
 
-        enabled = {name for name, on in llvm.get_host_cpu_features().items() if on}
+        features = undisturbed(llvm.get_host_cpu_features)
+        enabled = {name for name, on in features.items() if on}
     if {"avx512f", "avx512dq", "avx512bw", "avx512vl"} <= enabled:
         return AVX512
     if {"avx2", "fma", "f16c"} <= enabled:
