@@ -68,21 +68,6 @@ print(answer() == before)
 
 
 @fork
-def test_a_fork_amid_the_compilation_by_another_thread(tmp_path):
-    """The child must not find a lock that nobody opens any more."""
-    code = f"""{BEGIN}
-caller = threading.Thread(target=answer)
-caller.start()
-while "fusedattn.cpu.compile" not in sys.modules:
-    time.sleep(0.01)
-time.sleep(0.1)
-print(child(lambda: len(answer()) > 0))
-caller.join()
-"""
-    assert python(code, FUSEDATTN_CACHE_DIR=tmp_path) == "0\n"
-
-
-@fork
 def test_a_pool_of_forked_processes():
     code = f"""{BEGIN}
 import multiprocessing
