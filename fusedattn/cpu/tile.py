@@ -118,7 +118,10 @@ def tile_for(storage: str, out_storage: str, rows: int = 4096, isa: Isa | None =
     isa = isa or host_isa()
     width = isa.vector_bytes // (8 if storage == "float64" else 4)
     # rows * vectors accumulators, one row of the panel and a broadcast must fit the registers.
+    # LLVM loads the keys of two steps at once on NEON, which takes some more.
     most, rows_in_registers = (3, 8) if isa.registers == 32 else (2, 6)
+    if isa.vector_bytes == 16:
+        rows_in_registers = 6
 
     def cost(vectors: int) -> float:
         return -(-rows // (vectors * width)) * vectors / _SPEED[vectors]

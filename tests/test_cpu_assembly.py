@@ -1,0 +1,121 @@
+"""The machine code of the inner loops: nothing but multiply-adds, and no trip to the stack."""
+
+import re
+
+import llvmlite.binding as llvm
+import pytest
+
+from fusedattn.cpu import tile
+from fusedattn.cpu.compile import compile_micro, host_machine
+from fusedattn.cpu.micro import GROUPS
+
+# Vector unit, LLVM's names of triple and processor, mnemonic and registers of a multiply-add, and
+# what an access to the stack looks like.
+TARGETS = {
+    "AVX-512": (
+        tile.AVX512,
+        "x86_64-unknown-linux-gnu",
+        "skylake-avx512",
+        r"vfmadd\S+\s.*%zmm",
+        "%rsp",
+    ),
+    "AVX2": (tile.AVX2, "x86_64-unknown-linux-gnu", "haswell", r"vfmadd\S+\s.*%ymm", "%rsp"),
+    "NEON": (
+        tile.SIMD128,
+        "aarch64-unknown-linux-gnu",
+        "neoverse-n1",
+        r"fmla\sv\d+\.(4s|2d)",
+        "[sp",
+    ),
+}
+
+
+@pytest.fixture(params=TARGETS)
+def target(request):
+    isa, triple, cpu, multiply_add, stack = TARGETS[request.param]
+    if triple.startswith("aarch64"):
+        llvm.initialize_all_targets()
+        llvm.initialize_all_asmprinters()
+    try:
+        machine = host_machine(cpu, "", triple)
+    except RuntimeError:
+        pytest.skip(f"this LLVM knows no {triple}")
+    return isa, machine, re.compile(multiply_add), stack
+
+
+def functions(assembly):
+    """The instructions and labels of each function."""
+    found, name = {}, None
+    for line in assembly.splitlines():
+        text = line.split("//")[0].strip()
+        label = re.fullmatch(r"([\w.$]+):.*", text)
+        if label and not label[1].startswith((".L", "$")):
+            name = label[1]
+            found[name] = []
+        elif name and text and (label or not text.startswith((".", "#"))):
+            found[name].append(text)
+    return found
+
+
+def loops(lines):
+    """Bodies of the loops that run straight through: from a label to a jump back to it."""
+    at = {line[:-1]: i for i, line in enumerate(lines) if line.endswith(":")}
+    for i, line in enumerate(lines):
+        word, *operands = line.replace(",", " ").split()
+        if operands and operands[-1] in at and at[operands[-1]] < i and not word.endswith(":"):
+            body = lines[at[operands[-1]] + 1 : i]
+            if not any(other.endswith(":") for other in body):
+                yield body
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("rows", [8, 24, 4096])
+def test_products_of_a_panel_keep_their_sums_in_registers(target, dtype, rows):
+    isa, machine, multiply_add, stack = target
+    shape = tile.tile_for(dtype, dtype, rows, isa)
+    kernels = functions(compile_micro(shape, "panels", machine, assembly=True))
+    for name in ("scores", "accumulate"):
+        check_products(kernels[name], shape, multiply_add, stack)
+
+
+def check_products(lines, shape, multiply_add, stack):
+    bodies = [body for body in loops(lines) if any(multiply_add.match(line) for line in body)]
+    counts = [sum(bool(multiply_add.match(line)) for line in body) for body in bodies]
+    # Two steps a turn, each with every row against every vector of the panel.
+    whole = 2 * shape.rows * shape.vectors
+    assert max(counts) == whole
+    # Beside them at most a broadcast for each row and a load for each vector, a step, and what the
+    # loop itself takes: moving some ten pointers on NEON, which has no address of three parts.
+    body = bodies[counts.index(whole)]
+    beside = 2 * (shape.rows + shape.vectors) + (12 if shape.width * shape.real_bytes == 16 else 3)
+    assert len(body) <= whole + beside, "\n".join(body)
+    for body in bodies:
+        assert not [line for line in body if stack in line], "\n".join(body)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_softmax_pass_calls_nothing(target, dtype):
+    isa, machine, multiply_add, _ = target
+    shape = tile.tile_for(dtype, dtype, isa=isa)
+    lines = functions(compile_micro(shape, "common", machine, assembly=True))["weights"]
+    assert not [line for line in lines if re.match(r"call|bl\s|blr\s", line)]
+    # The longest loop is the polynomial, once for each vector of the panel.
+    body = max(loops(lines), key=len)
+    degree = 6 if dtype == "float32" else 11
+    assert sum(bool(multiply_add.match(line)) for line in body) >= degree * shape.vectors
+
+
+@pytest.mark.parametrize(
+    ("dtype", "out"),
+    [
+        ("float16", "float32"),
+        pytest.param("bfloat16", "bfloat16", marks=pytest.mark.deep),
+        pytest.param("float64", "float16", marks=pytest.mark.deep),
+    ],
+)
+def test_every_kernel_is_compiled_for_every_vector_unit(target, dtype, out):
+    isa, machine, *_ = target
+    shape = tile.tile_for(dtype, out, isa=isa)
+    for group, kernels in GROUPS.items():
+        assembly = compile_micro(shape, group, machine, assembly=True)
+        assert set(kernels) <= set(functions(assembly))
