@@ -25,6 +25,7 @@ STYLES = (
     "one_hot",
     "ascending",  # a drift along the sequence, up
     "descending",  # or down
+    "tiny",  # far below 1, and normal
     "subnormal",
     "positive",
 )
@@ -52,6 +53,8 @@ def fill(rng: Generator, style: str, shape: tuple[int, ...], dtype: np.dtype[Any
     values: Float64 = rng.standard_normal(shape)
     if style == "positive":
         values = np.abs(values)
+    elif style == "tiny":
+        values = values * 10.0 ** -rng.uniform(4, 20)
     elif style == "zero_rows":
         values = values * rng.integers(0, 2, rows)
     elif style == "twins" and shape[-2] > 1:
