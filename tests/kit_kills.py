@@ -23,7 +23,7 @@ KILLED_BY = {
     "FiniteMask": "equals_reference[seqused_q]",
     "FiniteMaskOfFloat32": "equals_reference[mask]",
     "FiniteMaskButEmptyRowsZeroed": "rows_without_keys",
-    "FiniteMaskOf1e30": "equals_reference[leading_axes]",
+    "FiniteMaskOf1e30": "finite_in_finite_out",
     "FiniteBiasMeansHidden": "shift_of_all_logits",
     "mask_inverted": "equals_reference[mask]",
     "mask_of_the_first_head": "equals_reference[alibi_slopes]",
