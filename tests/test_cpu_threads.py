@@ -112,6 +112,18 @@ def test_a_short_call_does_not_wait_for_a_long_one():
         caller.join()
 
 
+def test_a_worker_that_is_asked_but_has_not_begun_is_not_free(monkeypatch):
+    monkeypatch.setattr(threads, "_serve", lambda state: None)
+    state, jobs = threads._State(), [threads._Job(int, int) for _ in range(3)]
+    for job, workers in zip(jobs, (2, 4, 6), strict=True):
+        assert threads._ask(state, job, 2) == 2
+        assert state.workers == workers
+    jobs[0].nothing_is_left()
+    jobs[1] = None  # a caller that was interrupted before it could say anything
+    assert threads._ask(state, threads._Job(int, int), 2) == 2
+    assert state.workers == 6
+
+
 def test_the_pool_does_not_grow_with_the_number_of_calls():
     for _ in range(50):
         attention(*MEDIUM)

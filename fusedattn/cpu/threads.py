@@ -15,6 +15,7 @@ import os
 import queue
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,7 +100,7 @@ class _State:
         self.lock = threading.RLock()  # a signal handler may call again in the midst of a call
         self.tasks: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self.workers = 0
-        self.busy = 0
+        self.jobs: weakref.WeakSet[_Job] = weakref.WeakSet()
 
 
 _state = _State()
@@ -132,25 +133,21 @@ def set_num_threads(n: int) -> None:
 def _serve(state: _State) -> None:
     while True:
         job = state.tasks.get()
-        with state.lock:
-            state.busy += 1
-        at_work = job.take_part()
-        with state.lock:
-            state.busy -= 1
-        if at_work:
+        if job.take_part():
             job.leave()
         del job  # or the last call's arrays would live until the next one
 
 
-def _grow(state: _State, helpers: int) -> int:
-    """Start workers until a call has as many idle ones as it asks for; return how many there are.
+def _ask(state: _State, job: _Job, helpers: int) -> int:
+    """Start the workers that a job lacks; return how many of them it may ask for help.
 
-    Fewer when the system refuses. Callers at the same time get workers of their own, so that a
-    short call does not wait for a long one to end, but no more than ``CALLERS`` times as many.
+    Fewer than ``helpers`` when the system refuses. Callers at the same time get workers of their
+    own, so that a short call does not wait for a long one to end, but no more than ``CALLERS``
+    times as many.
     """
     with state.lock:
-        wanted = min(state.busy + helpers, CALLERS * helpers)
-        while state.workers < wanted:
+        asked = sum(other.helpers for other in state.jobs if not other.over)
+        while state.workers < min(asked + helpers, CALLERS * helpers):
             name = f"fusedattn-{state.workers}"
             thread = threading.Thread(target=_serve, args=(state,), name=name, daemon=True)
             try:
@@ -158,7 +155,10 @@ def _grow(state: _State, helpers: int) -> int:
             except RuntimeError:  # no more threads, or the interpreter is shutting down
                 break
             state.workers += 1
-        return state.workers
+        job.helpers = min(helpers, state.workers)
+        if job.helpers:
+            state.jobs.add(job)
+        return job.helpers
 
 
 class _Job:
@@ -171,6 +171,7 @@ class _Job:
     def __init__(self, work: Task, stop: Task) -> None:
         self.error: BaseException | None = None
         self.over = False
+        self.helpers = 0
         self._calls: tuple[Task, Task] | None = (work, stop)
         self._lock = threading.Lock()
         self._at_work = 0
@@ -234,11 +235,11 @@ def run(work: Task, stop: Task, threads: int, *, join_in: bool) -> None:
     helpers = threads - 1 if join_in else threads
     if sys.is_finalizing():  # the pool's threads have stopped for good
         helpers = 0
-    helpers = min(helpers, _grow(_state, helpers)) if helpers else 0
+    state, job = _state, _Job(work, stop)
+    helpers = _ask(state, job, helpers) if helpers else 0
     if helpers == 0:
         work()
         return
-    job, tasks = _Job(work, stop), _state.tasks
     interrupt: BaseException | None = None
     try:
         while not job.over:
@@ -250,7 +251,7 @@ def run(work: Task, stop: Task, threads: int, *, join_in: bool) -> None:
                     job.nothing_is_left()
                 else:
                     for _ in range(helpers):
-                        tasks.put(job)
+                        state.tasks.put(job)
                     if join_in:
                         work()
                         job.nothing_is_left()
