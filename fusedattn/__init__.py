@@ -10,6 +10,7 @@ from fusedattn.api import (
     dropout_mask,
     explain,
     get_num_threads,
+    plan,
     set_num_threads,
     warmup,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "get_num_threads",
     "make_problem",
     "merge",
+    "plan",
     "set_num_threads",
     "warmup",
 ]

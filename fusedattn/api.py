@@ -6,9 +6,9 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from fusedattn import checks, dispatch, plan
+from fusedattn import checks, dispatch
 from fusedattn.dispatch import Explanation
-from fusedattn.plan import Call
+from fusedattn.plan import Call, Plan, find, run
 from fusedattn.problem import make_problem
 
 Array = NDArray[Any]
@@ -175,11 +175,59 @@ def attention(
     >>> bool((attention(q, k, v, mask=nothing) == 0).all())
     True
     """
-    call = Call(
-        q, k, v, q_offset, seqused_q, seqused_k, scale, causal, window_size, mask, bias,
-        alibi_slopes, softcap, sinks, dropout_p, seed, layout, return_lse, out, out_dtype, backend,
+    return run(
+        Call(
+            q, k, v, q_offset, seqused_q, seqused_k, mask, bias, alibi_slopes, sinks, out, scale,
+            causal, window_size, softcap, dropout_p, seed, layout, return_lse, out_dtype, backend,
+        )
     )  # fmt: skip
-    return plan.run(call)
+
+
+def plan(q: Array, k: Array, v: Array, **options: Any) -> Plan:
+    """Check and prepare a kind of call of `attention` once, for a loop of many such calls.
+
+    `attention` itself remembers the latest kinds and runs by the same plans: a plan in hand saves
+    it the search, and says at once where a call strays from what was planned.
+
+    Parameters
+    ----------
+    q, k, v : ndarray
+        Arrays of the shapes, strides and dtypes to come, as in `attention`; nothing is read.
+    **options
+        As in `attention`. Of ``q_offset``, ``seqused_q``, ``seqused_k``, ``mask``, ``bias``,
+        ``alibi_slopes``, ``sinks`` and ``out`` those that each call will be given.
+
+    Returns
+    -------
+    Plan
+        ``plan(q, k, v, q_offset=..., seqused_q=..., seqused_k=..., mask=..., bias=...,
+        alibi_slopes=..., sinks=..., out=...)`` returns what `attention` would, in one call of it
+        the arguments that were given here and no others. It holds on to no array; any number of
+        threads may share it.
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError
+        As `attention`.
+
+    Examples
+    --------
+    Generating token by token, with room for 512 keys:
+
+    >>> import numpy as np
+    >>> from fusedattn import attention, plan
+    >>> cache = np.ones((2, 1, 8, 512, 64), np.float32)
+    >>> q = np.ones((1, 32, 1, 64), np.float32)
+    >>> step = plan(q, *cache, seqused_k=512)
+    >>> for seqlen in range(100, 103):
+    ...     out = step(q, *cache, seqused_k=seqlen)
+    >>> bool((out == attention(q, *cache, seqused_k=102)).all())
+    True
+    """
+    unknown = options.keys() - set(Call._fields)
+    if unknown:
+        raise TypeError(f"plan() got an unexpected keyword argument {min(unknown)!r}")
+    return find(Call(q, k, v, **options))
 
 
 def attention_weights(q: Array, k: Array, v: Array | None = None, **options: Any) -> Array:

@@ -21,7 +21,7 @@ CAPACITY = 256
 
 
 class Call(NamedTuple):
-    """The arguments of `fusedattn.attention`."""
+    """The arguments of `fusedattn.attention`: first those that calls of one kind differ in."""
 
     q: Array
     k: Array
@@ -29,19 +29,19 @@ class Call(NamedTuple):
     q_offset: int | Array | None = None
     seqused_q: int | Array | None = None
     seqused_k: int | Array | None = None
-    scale: float | None = None
-    causal: bool = False
-    window_size: tuple[int | None, int | None] | None = None
     mask: Array | None = None
     bias: Array | None = None
     alibi_slopes: Array | None = None
-    softcap: float | None = None
     sinks: Array | None = None
+    out: Array | None = None
+    scale: float | None = None
+    causal: bool = False
+    window_size: tuple[int | None, int | None] | None = None
+    softcap: float | None = None
     dropout_p: float = 0.0
     seed: int | None = None
     layout: str = "bhsd"
     return_lse: bool = False
-    out: Array | None = None
     out_dtype: Any = None
     backend: str | None = None
 
@@ -51,42 +51,62 @@ class Call(NamedTuple):
         del arguments["backend"]
         return make_problem(**arguments)
 
-    def inputs(self) -> dict[str, Array | None]:
-        """The arrays that are read."""
-        names = ("q", "k", "v", "mask", "bias", "alibi_slopes", "sinks")
-        return {name: getattr(self, name) for name in names}
-
     def kind(self) -> tuple[Any, ...] | None:
         """Return all that decides how the call is run, but no contents of arrays and no lengths.
 
-        Types stand beside values because ``1 == True == 1.0``, and not all of them are accepted.
-        None where there is something else in the place of an array.
+        Types stand beside numbers because ``1 == True == 1.0``, and not all of them are accepted.
+        None where there is something else in the place of an array or of a window.
         """
-        q, k, v, q_offset, seqused_q, seqused_k, *options = self
-        if not type(q) is type(k) is type(v) is np.ndarray:
+        window_size, options = self.window_size, self[OPTIONS:]
+        try:
+            forms = _forms(*self[:OPTIONS])
+            sides = None if window_size is None else (*map(type, window_size),)
+        except (AttributeError, TypeError):
             return None
-        return (
-            *(q.shape, q.strides, q.dtype, k.shape, k.strides, k.dtype),
-            *(v.shape, v.strides, v.dtype),
-            *(q_offset is None, seqused_q is None, seqused_k is None),
-            *[None if option is None else _part(option) for option in options],
-        )
+        return forms, options, (*map(type, options),), sides
 
 
-def _part(argument: Any) -> Any:
-    kind = type(argument)
-    if kind is np.ndarray:
-        return argument.shape, argument.strides, argument.dtype
-    if kind is tuple:  # window_size
-        return kind, argument, tuple(map(type, argument))
-    return kind, argument
+# The place of the first option.
+OPTIONS = Call._fields.index("scale")
+
+Form = tuple[Any, ...] | bool | None
+
+
+def _forms(
+    q: Any, k: Any, v: Any, q_offset: Any, seqused_q: Any, seqused_k: Any, *optional: Any
+) -> tuple[Form, ...]:
+    """Type, shape, strides and dtype of each array, and which lengths are given."""
+    return (
+        (type(q), q.shape, q.strides, q.dtype),
+        (type(k), k.shape, k.strides, k.dtype),
+        (type(v), v.shape, v.strides, v.dtype),
+        q_offset is not None,
+        seqused_q is not None,
+        seqused_k is not None,
+        *[None if a is None else (type(a), a.shape, a.strides, a.dtype) for a in optional],
+    )
+
+
+def _describe(form: Form) -> str:
+    if not isinstance(form, tuple):
+        return "given" if form else "not given"
+    kind, shape, strides, dtype = form
+    return f"a {kind.__name__} of dtype {dtype}, shape {shape} and strides {strides}"
 
 
 class Plan:
-    """A kind of call, checked and prepared; see `fusedattn.plan`."""
+    """A kind of call, checked and prepared; see `fusedattn.plan`.
 
-    def __init__(self, problem: AttentionProblem, prepared: dispatch.Prepared) -> None:
-        self._run = prepared.run
+    It holds on to no array, and any number of threads may call it at once.
+    """
+
+    def __init__(self, call: Call) -> None:
+        problem = call.problem()
+        self._backend = dispatch.choose(problem, call.backend)
+        prepare = getattr(self._backend, "prepare", None)
+        self._prepared: dispatch.Prepared | None = None if prepare is None else prepare(problem)
+        self._forms = _forms(*call[:OPTIONS])
+        self._options: tuple[Any, ...] = call[OPTIONS:]
         self._out_shape = problem.restore(problem.empty_out()).shape
         self._out_dtype = problem.out_dtype
         self._lse_shape = problem.lse_shape if problem.return_lse else None
@@ -94,43 +114,92 @@ class Plan:
         self._seqlens = problem.seqlen_q, problem.seqlen_k
         self._batch = problem.batch_shape, problem.batch_size
 
-    def run(self, call: Call) -> Array | tuple[Array, Array]:
+    def __call__(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        q_offset: int | Array | None = None,
+        seqused_q: int | Array | None = None,
+        seqused_k: int | Array | None = None,
+        mask: Array | None = None,
+        bias: Array | None = None,
+        alibi_slopes: Array | None = None,
+        sinks: Array | None = None,
+        out: Array | None = None,
+    ) -> Array | tuple[Array, Array]:
+        """Compute `fusedattn.attention` of these arguments, with the options of the plan.
+
+        Raises
+        ------
+        ValueError
+            If an argument differs from the planned one in type, shape, strides or dtype, or is
+            given where it was not, or the reverse.
+        TypeError, ValueError
+            As `fusedattn.attention`.
+        """
+        arguments = (
+            *(q, k, v, q_offset, seqused_q, seqused_k),
+            *(mask, bias, alibi_slopes, sinks, out),
+        )
+        try:
+            forms = _forms(*arguments)
+        except AttributeError:
+            forms = ()
+        if forms != self._forms:
+            Call(*arguments, *self._options).problem()  # tells a mistake as `attention` tells it
+            for name, form, planned in zip(Call._fields, forms, self._forms, strict=False):
+                if form != planned:
+                    was = _describe(planned)
+                    raise ValueError(f"{name} is {_describe(form)}, but when planned was {was}")
+        return self.run(arguments)
+
+    def run(self, arguments: tuple[Any, ...]) -> Array | tuple[Array, Array]:
         """Compute a call of this kind."""
-        out, lengths = call.out, None
+        q, k, v, q_offset, seqused_q, seqused_k, mask, bias, alibi_slopes, sinks, out = arguments
+        if self._prepared is None:
+            problem = Call(*arguments, *self._options).problem()
+            result = self._backend.forward(problem)
+            given = problem.restore(result.out) if out is None else out
+            return given if result.lse is None else (given, result.lse)
         if out is None:
             out = np.empty(self._out_shape, self._out_dtype)
         else:
-            checks.output(out, self._out_shape, self._out_dtype, call.inputs())
-        if not (call.q_offset is call.seqused_q is call.seqused_k is None):
-            given = call.q_offset, call.seqused_q, call.seqused_k
-            lengths = make_lengths(*given, *self._seqlens, self._batch)
+            inputs = {n: a for n, a in zip(Call._fields, arguments, strict=False) if n in INPUTS}
+            checks.output(out, self._out_shape, self._out_dtype, inputs)
+        lengths = None
+        if not (q_offset is seqused_q is seqused_k is None):
+            lengths = make_lengths(q_offset, seqused_q, seqused_k, *self._seqlens, self._batch)
         lse = None if self._lse_shape is None else np.empty(self._lse_shape, self._lse_dtype)
-        operands = (call.q, call.k, call.v, out, lse, call.mask, call.bias)
-        self._run(operands, call.alibi_slopes, call.sinks, lengths)
+        self._prepared.run((q, k, v, out, lse, mask, bias), alibi_slopes, sinks, lengths)
         return out if lse is None else (out, lse)
 
+
+# The arrays that are read, which `out` must not overlap.
+INPUTS = ("q", "k", "v", "mask", "bias", "alibi_slopes", "sinks")
 
 _plans: dict[Any, Plan] = {}
 _lock = threading.Lock()
 
 
-def run(call: Call) -> Array | tuple[Array, Array]:
-    """Compute a call, by the plan of its kind if there is one."""
+def find(call: Call) -> Plan:
+    """Return the plan of a call's kind, which is made and remembered if there is none."""
     kind = call.kind()
     try:
         plan = _plans.get(kind)
-    except TypeError:  # an argument without a hash, such as a list: a check will name it
+    except TypeError:  # an option without a hash, such as a list
         kind = plan = None
-    if plan is not None:
-        return plan.run(call)
-    problem = call.problem()
-    backend = dispatch.choose(problem, call.backend)
-    if kind is not None and hasattr(backend, "prepare"):
-        plan = Plan(problem, backend.prepare(problem))
-        with _lock:
-            while len(_plans) >= CAPACITY:
-                del _plans[next(iter(_plans))]
-            _plans[kind] = plan
-    result = backend.forward(problem)
-    out = problem.restore(result.out) if call.out is None else call.out
-    return out if result.lse is None else (out, result.lse)
+    if plan is None:
+        plan = Plan(call)
+        if kind is not None:
+            with _lock:
+                while len(_plans) >= CAPACITY:
+                    del _plans[next(iter(_plans))]
+                _plans[kind] = plan
+    return plan
+
+
+def run(call: Call) -> Array | tuple[Array, Array]:
+    """Compute a call, by the plan of its kind."""
+    return find(call).run(call[:OPTIONS])
