@@ -1,7 +1,8 @@
 """Exact fused attention for NumPy people.
 
-NumPy arrays in, NumPy arrays out: `attention` and what belongs to it. Importing this package loads
-NumPy and `ml_dtypes` alone; the compiler comes with the first call that needs it.
+NumPy arrays in, NumPy arrays out: `attention`, its gradient, and what belongs to them. Importing
+this package loads NumPy and `ml_dtypes` alone; the compiler comes with the first call that needs
+it.
 """
 
 from fusedattn.api import (
@@ -14,14 +15,17 @@ from fusedattn.api import (
     set_num_threads,
     warmup,
 )
+from fusedattn.gradients import attention_backward
 from fusedattn.merge import merge
-from fusedattn.problem import make_problem
+from fusedattn.problem import Gradients, make_problem
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Gradients",
     "__version__",
     "attention",
+    "attention_backward",
     "attention_weights",
     "dropout_mask",
     "explain",

@@ -78,6 +78,21 @@ def bool_array(name: str, value: object) -> Array:
     return array
 
 
+def companion(
+    name: str, value: object, shape: tuple[int, ...], dtype: np.dtype[Any], axes: str, what: str
+) -> Array:
+    """Return an array that must have exactly this shape and dtype: `what` says whose they are."""
+    array = float_array(name, value)
+    if array.dtype != dtype:
+        raise TypeError(
+            f"{name} must have dtype {dtype} ({what}), but has dtype {array.dtype} "
+            f"and shape {array.shape}"
+        )
+    if array.shape != shape:
+        raise ValueError(f"{name} must have shape {axes} = {shape}, but has shape {array.shape}")
+    return array
+
+
 def broadcast(name: str, array: Array, shape: tuple[int, ...], axes: str) -> Array:
     """View the array in the full shape, with stride 0 where it is broadcast."""
     if array.shape == shape:

@@ -5,7 +5,7 @@ from importlib import import_module
 from typing import Protocol
 
 from fusedattn.checks import Array
-from fusedattn.problem import AttentionProblem, Lengths, Result
+from fusedattn.problem import AttentionProblem, Gradients, Lengths, Result
 from fusedattn.undisturbed import undisturbed
 
 
@@ -39,6 +39,24 @@ class Backend(Protocol):
     def forward(self, problem: AttentionProblem) -> Result:
         """Compute `out`, into ``problem.out`` if given, and `lse` if asked for."""
 
+    def unsupported_backward(self, problem: AttentionProblem) -> list[str]:
+        """Reasons why the gradients of the problem cannot be computed here; empty if they can."""
+
+    def backward(
+        self,
+        problem: AttentionProblem,
+        d_out: Array,
+        out: Array,
+        lse: Array,
+        d_lse: Array | None,
+        *,
+        bias_grad: bool,
+    ) -> Gradients:
+        """Pull `d_out` and `d_lse` back to the operands, given what the forward returned.
+
+        All arrays are in canonical axis order; `d_bias` is None without `bias_grad`.
+        """
+
 
 # In the order of preference, by place of definition: a backend is imported when it is first asked,
 # so that `import fusedattn` stays light.
@@ -69,8 +87,10 @@ def load(name: str) -> Backend:
     return backend
 
 
-def choose(problem: AttentionProblem, backend: str | None = None) -> Backend:
-    """Return the backend asked for, or the first that can run the problem.
+def choose(
+    problem: AttentionProblem, backend: str | None = None, *, backward: bool = False
+) -> Backend:
+    """Return the backend asked for, or the first that can run the problem (or its gradient).
 
     Raises
     ------
@@ -79,12 +99,18 @@ def choose(problem: AttentionProblem, backend: str | None = None) -> Backend:
         The message lists the reasons of each.
     """
     for name in NAMES if backend is None else (backend,):
-        candidate = load(name)
-        if not candidate.unsupported(problem):
-            return candidate
+        if not _reasons(name, problem, backward):
+            return load(name)
     asked = "no backend" if backend is None else f"backend {backend!r} not"
-    reasons = "\n".join(_reason(name, load(name).unsupported(problem)) for name in NAMES)
-    raise NotImplementedError(f"{asked} able to run this problem\n{reasons}")
+    what = "compute the gradient of this problem" if backward else "run this problem"
+    reasons = "\n".join(_reason(name, _reasons(name, problem, backward)) for name in NAMES)
+    raise NotImplementedError(f"{asked} able to {what}\n{reasons}")
+
+
+def _reasons(name: str, problem: AttentionProblem, backward: bool) -> list[str]:
+    """Ask a backend why it cannot."""
+    backend = load(name)
+    return backend.unsupported_backward(problem) if backward else backend.unsupported(problem)
 
 
 def _reason(name: str, reasons: list[str]) -> str:

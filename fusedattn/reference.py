@@ -41,6 +41,23 @@ class Reference:
         """See `forward`."""
         return forward(problem)
 
+    def unsupported_backward(self, problem: AttentionProblem) -> list[str]:
+        """Nothing is unsupported."""
+        return []
+
+    def backward(
+        self,
+        problem: AttentionProblem,
+        d_out: NDArray[Any],
+        out: NDArray[Any],
+        lse: NDArray[Any],
+        d_lse: NDArray[Any] | None,
+        *,
+        bias_grad: bool,
+    ) -> Gradients:
+        """See `backward`."""
+        return backward(problem, d_out, out, lse, d_lse, bias_grad=bias_grad)
+
 
 REFERENCE = Reference()
 
@@ -75,6 +92,8 @@ def backward(
     out: NDArray[Any] | None = None,
     lse: NDArray[Any] | None = None,
     d_lse: NDArray[Any] | None = None,
+    *,
+    bias_grad: bool = True,
 ) -> Gradients:
     """Pull ``d_out`` (B, H, S, E) and ``d_lse`` (B, H, S) back to the operands.
 
@@ -117,7 +136,7 @@ def backward(
             _round(d_q, problem.dtype),
             _round(_sum_groups(problem, d_k), problem.dtype),
             _round(_sum_groups(problem, d_v), problem.dtype),
-            _d_bias(problem, d_scores),
+            _d_bias(problem, d_scores) if bias_grad else None,
             _d_sinks(problem, sees, lse, slope),
         )
 

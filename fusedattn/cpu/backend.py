@@ -104,6 +104,11 @@ class Cpu:
         del problem
         return []
 
+    def unsupported_backward(self, problem: AttentionProblem) -> list[str]:
+        """Reasons why the gradients of the problem cannot be computed here."""
+        del problem
+        return ["has no kernels for gradients"]
+
     def describe(self, problem: AttentionProblem) -> list[str]:
         """Say which kernel would run, for `fusedattn.explain`."""
         tile, isa = tile_of(problem), host_isa()

@@ -1,0 +1,122 @@
+"""One tile of rows x keys: what is read for it, its scores, and what of it counts."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fusedattn.masks import FULL, KeyRange
+from fusedattn.philox import WORD, philox4x32
+from fusedattn.problem import AttentionProblem
+
+Array = NDArray[Any]
+
+BLOCK_Q = 64
+BLOCK_K = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What one head of one batch item reads: views of the problem, nothing copied."""
+
+    problem: AttentionProblem
+    q: Array  # (seqlen_q, head_dim)
+    k: Array  # (seqlen_k, head_dim)
+    v: Array  # (seqlen_k, head_dim_v)
+    mask: Array | None  # (seqlen_q, seqlen_k)
+    bias: Array | None  # (seqlen_q, seqlen_k)
+    alibi_slope: Any
+    sink: Any
+    keys: KeyRange
+    q_offset: int
+    head: int
+    batch: int
+
+
+class Tile(NamedTuple):
+    """Scores of a tile, and what counts of them."""
+
+    scores: Array  # -inf where hidden
+    seen: Array | None  # which entries are seen; None: all of them
+    d_softcap: Array | None  # derivative of the softcap; None without one
+
+
+def heads(problem: AttentionProblem) -> Iterator[tuple[tuple[int, ...], Head]]:
+    """Walk the heads of all batch items. Query head h reads KV head ``h // group_size``."""
+    read = problem.accumulator.type  # the type in which small operands count
+    for batch, item in enumerate(np.ndindex(*problem.batch_shape)):
+        for head in range(problem.num_heads):
+            index = (*item, head)
+            index_kv = (*item, head // problem.group_size)
+            slopes, sinks = problem.alibi_slopes, problem.sinks
+            yield (
+                index,
+                Head(
+                    problem=problem,
+                    q=problem.q[index],
+                    k=problem.k[index_kv],
+                    v=problem.v[index_kv],
+                    mask=None if problem.mask is None else problem.mask[index],
+                    bias=None if problem.bias is None else problem.bias[index],
+                    alibi_slope=None if slopes is None else read(slopes[index]),
+                    sink=None if sinks is None else read(sinks[head]),
+                    keys=problem.key_range(batch),
+                    q_offset=int(problem.q_offset[batch]),
+                    head=head,
+                    batch=batch,
+                ),
+            )
+
+
+def score_tile(head: Head, rows: slice, keys: slice, accumulator: np.dtype[Any]) -> Tile:
+    """Compute the scores of a tile; the only place where features of a score are told apart."""
+    problem = head.problem
+    q = np.ascontiguousarray(head.q[rows], accumulator)
+    k = np.ascontiguousarray(head.k[keys], accumulator)
+    scores = (q @ k.T) * accumulator.type(problem.scale)
+    d_softcap: Array | None = None
+    if problem.softcap is not None:
+        cap = accumulator.type(problem.softcap)
+        bent = np.tanh(scores / cap)
+        scores = cap * bent
+        d_softcap = 1 - bent * bent
+    if head.alibi_slope is not None:
+        position = np.arange(rows.start, rows.stop)[:, None] + head.q_offset
+        distance = np.abs(position - np.arange(keys.start, keys.stop))
+        scores -= head.alibi_slope * distance.astype(accumulator)
+    seen: Array | None = None
+    if head.bias is not None:
+        bias = head.bias[rows, keys].astype(problem.accumulator)
+        scores += bias
+        seen = bias != -np.inf
+    if head.mask is not None:
+        mask = head.mask[rows, keys]
+        seen = mask if seen is None else seen & mask
+    # Inside a full tile no row's interval ends, and nothing is left to look at.
+    if head.keys.tile(rows.start, rows.stop, keys.start, keys.stop) != FULL:
+        intervals = np.array([head.keys.row(row) for row in range(rows.start, rows.stop)])
+        key = np.arange(keys.start, keys.stop)
+        inside = (key >= intervals[:, :1]) & (key < intervals[:, 1:])
+        seen = inside if seen is None else seen & inside
+    if seen is not None:
+        # By selection: a hidden key may hold NaN.
+        scores = np.where(seen, scores, accumulator.type(-np.inf))
+    return Tile(scores, seen, d_softcap)
+
+
+def keep_tile(head: Head, rows: slice, keys: slice) -> Array:
+    """Which entries of a tile dropout keeps: their word is at least ``floor(p * 2**32)``.
+
+    Key ``j`` reads word ``j % 4`` of counter block ``j // 4``. The formula is that of the kernels,
+    here on whole arrays of int64, which wrap around as it expects.
+    """
+    block: Any = np.arange(keys.start // 4, -(-keys.stop // 4))
+    row: Any = np.arange(rows.start, rows.stop)[:, None]
+    seed = head.problem.seed
+    words = philox4x32(block, row, head.head, head.batch, seed & WORD, seed >> 32)
+    drawn = np.stack(words, axis=-1).reshape(row.shape[0], -1)
+    skipped = keys.start % 4
+    keep: Array = drawn >= int(head.problem.dropout_p * 2.0**32)
+    return keep[:, skipped : skipped + keys.stop - keys.start]
