@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fusedattn.cpu import threads
 from fusedattn.cpu.compile import get_micro, get_rescue, get_worker, known_rescue
-from fusedattn.cpu.forward import NEEDS_RESCUE, STOP
+from fusedattn.cpu.forward import NEEDS_RESCUE
 from fusedattn.cpu.micro import GROUPS
 from fusedattn.cpu.params import Bound, Template, groups_of, heads_per_item, tile_of
 from fusedattn.cpu.tile import ROWS_PER_ITEM, host_isa, tile_for
@@ -22,6 +22,8 @@ ALONE_FLOPS = 5_000_000
 # Above this much work (some milliseconds) the caller only waits, so that Ctrl-C is heard: were
 # every row to take the exact path, 200 times as slow, its own share could last half a second.
 LONG_FLOPS = 300_000_000
+# With fewer items than this a thread, the keys of one may go to several threads.
+ITEMS_PER_THREAD = 4
 # Numbers of rows that call for each of the panel widths.
 WARMUP_ROWS = (1, 32, 4096)
 
@@ -62,16 +64,19 @@ class Prepared:
 
         ``lengths`` are given where they differ from those of the problem it was prepared for.
         """
-        if self._template.items == 0:
+        template, count = self._template, threads.get_num_threads()
+        if template.items == 0:
             return
-        bound = self._template.bind(operands, slopes, sinks, lengths)
+        flops = self._flops if lengths is None else self._most_flops
+        few_items = count > 1 and template.items < ITEMS_PER_THREAD * count
+        split = few_items and template.chunks > 1 and flops >= ALONE_FLOPS
+        bound = template.bind(operands, slopes, sinks, lengths, split)
         rescue = known_rescue()
         if rescue is not None:
             bound.enter_rescue(rescue)
-        flops = self._flops if lengths is None else self._most_flops
         if self._execute(bound, flops):  # the first row ever that needs it: compile, start over
             bound.enter_rescue(get_rescue())
-            bound.set_counter(0)
+            bound.start_over()
             self._execute(bound, flops)
 
     def _execute(self, bound: Bound, flops: int) -> bool:
@@ -84,13 +89,10 @@ class Prepared:
         def work() -> None:
             if worker(bound.address, _working_memory(scratch_bytes)) == NEEDS_RESCUE:
                 missing.append(True)
-                stop()
+                bound.stop()
 
-        def stop() -> None:
-            bound.set_counter(STOP)
-
-        count = min(self._template.items, threads.get_num_threads())
-        threads.run(work, stop, count, join_in=flops < LONG_FLOPS)
+        count = min(bound.work, threads.get_num_threads())
+        threads.run(work, bound.stop, count, join_in=flops < LONG_FLOPS)
         return bool(missing)
 
 

@@ -35,12 +35,10 @@ from fusedattn.cpu.memory import (
     smaller,
 )
 from fusedattn.cpu.micro import LOG2_E, SIGNATURES
-from fusedattn.cpu.params import OFFSETS, params_at
+from fusedattn.cpu.params import OFFSETS, STOP, params_at
+from fusedattn.cpu.partial import fold, restore, save
 from fusedattn.cpu.simd import native
 from fusedattn.cpu.tile import ROWS_TOGETHER
-
-# A counter at or above this value tells the workers to stop.
-STOP = 1 << 62
 
 NEEDS_RESCUE = 1
 
@@ -268,9 +266,9 @@ def clear(address, size):
         set_i64(address, i, 0)
 
 
-@kernel("iiiiiii>b")
-def attend(params, w, batch, kv_head, count, panels, alone):
-    """Walk the key blocks of an item whose lane tables stand. False if told to stop.
+@kernel("iiiiiiii>b")
+def attend(params, w, batch, kv_head, count, panels, alone, chunk):
+    """Walk the key blocks of one chunk for an item whose lane tables stand. False if told to stop.
 
     ``alone``: all lanes are one row, and keys hidden from it enter as zeros (see the rescue).
     """
@@ -286,6 +284,7 @@ def attend(params, w, batch, kv_head, count, panels, alone):
             table = w + p.at_q_rows + panel * lanes * 8
             queries = w + p.at_queries + panel * head_dim * lanes * size
             pack(p.run_pack, queries, table, p.q_dim, head_dim, p.query_sign)
+    low, high = larger(low, chunk * p.chunk_keys), smaller(high, (chunk + 1) * p.chunk_keys)
     for i in range(panels * lanes):
         set_real(w + p.at_row_max, i, size, p.unseen)
     clear(w + p.at_row_sum, panels * lanes * size)
@@ -336,8 +335,41 @@ def attend(params, w, batch, kv_head, count, panels, alone):
                     groups, staged,
                 )  # fmt: skip
         block += block_k
-    if p.few_rows:
-        gather_rows(params, w, count)
+    return True
+
+
+@kernel("iiiiiii>b")
+def attend_all(params, w, batch, kv_head, count, panels, alone):
+    """Attend to one chunk of keys after the other. False if told to stop."""
+    p = params_at(params)
+    chunks = p.chunks
+    for chunk in range(chunks):
+        if not attend(params, w, batch, kv_head, count, panels, alone, chunk):
+            return False
+        if chunk > 0:
+            fold(params, w, count, w + p.at_partial)
+        if chunk < chunks - 1:
+            save(params, w, count, w + p.at_partial)
+    return True
+
+
+@kernel("iiiiiii>b")
+def attend_apart(params, w, item, batch, kv_head, count, chunk):
+    """Attend to one chunk and lay its state down; True for who comes last, who folds them all.
+
+    In the order of the chunks, as in `attend_all`: the same bits.
+    """
+    p = params_at(params)
+    chunks, size = p.chunks, p.partial_bytes
+    states = p.states + 8 * p.items + item * chunks * size
+    if not attend(params, w, batch, kv_head, count, 1, 0, chunk):
+        return False
+    save(params, w, count, states + chunk * size)
+    if add_atomic(p.states + 8 * item, 1) < chunks - 1:
+        return False
+    restore(params, w, count, states)
+    for i in range(1, chunks):
+        fold(params, w, count, states + i * size)
     return True
 
 
@@ -349,6 +381,8 @@ def finish(params, w, batch, count, panels):
     the exact path can help. Ordinary rows pay one comparison.
     """
     p = params_at(params)
+    if p.few_rows:
+        gather_rows(params, w, count)
     maxima, sums = w + p.at_row_max, w + p.at_row_sum
     factors, checks = w + p.at_factor, w + p.at_check
     rows, heads = w + p.at_row, w + p.at_head
@@ -407,12 +441,13 @@ def worker(params, scratch):
     Returns 0, or `NEEDS_RESCUE` if a row needs the rescue, which is not compiled yet.
     """
     p = params_at(params)
-    counter, items = params + COUNTER, p.items
+    counter, parts = params + COUNTER, p.chunks if p.states else 1
     row_blocks, groups, lanes = p.row_blocks, p.head_groups, p.lanes
     heads, seqlen_q = p.heads_per_item, p.seqlen_q
-    block = p.panels * lanes
-    item = add_atomic(counter, 1)
-    while item < items:
+    block, work = p.panels * lanes, p.items * parts
+    place = add_atomic(counter, 1)
+    while place < work:
+        item, part = place // parts, place % parts
         # Late rows see the most keys under a causal mask: the heavy items go first.
         row = (row_blocks - 1 - item % row_blocks) * block
         group = item // row_blocks
@@ -421,14 +456,16 @@ def worker(params, scratch):
         panels = (count + lanes - 1) // lanes
         fill_lanes(params, scratch, batch, head + row // seqlen_q, row % seqlen_q, count, panels)
         kv_head = head // p.group_size
-        if not attend(params, scratch, batch, kv_head, count, panels, 0):
-            break
-        bad = finish(params, scratch, batch, count, panels)
+        if p.states:
+            done = attend_apart(params, scratch, item, batch, kv_head, count, part)
+        else:
+            done = attend_all(params, scratch, batch, kv_head, count, panels, 0)
+        bad = finish(params, scratch, batch, count, panels) if done else 0
         if bad and not p.run_rescue:
             return NEEDS_RESCUE
         for i in range(bad):
             entry = get_i64(scratch + p.at_bad, i)
             if not rescue(p.run_rescue, params, scratch, batch, entry):
                 break
-        item = add_atomic(counter, 1)
+        place = add_atomic(counter, 1)
     return 0

@@ -171,7 +171,8 @@ write_storage = inlined("iif>", _write)
 
 def _add_atomic(e: Emitter, address: ir.Value, value: ir.Value) -> ir.Value:
     pointer = e.builder.inttoptr(address, I64.as_pointer())
-    return e.builder.atomic_rmw("add", pointer, value, "monotonic")
+    # Who counts last what several threads have done reads what they have written.
+    return e.builder.atomic_rmw("add", pointer, value, "acq_rel")
 
 
 def _get_atomic(e: Emitter, address: ir.Value) -> ir.Value:

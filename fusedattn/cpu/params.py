@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fusedattn.cpu.memory import STORAGE_CODE, view_as
 from fusedattn.cpu.micro import LOG2_E, SIGNATURES, UNSEEN
-from fusedattn.cpu.tile import ROWS_PER_ITEM, Tile, tile_for
+from fusedattn.cpu.tile import CHUNK_KEYS, ROWS_PER_ITEM, Tile, tile_for
 from fusedattn.masks import relative_bounds
 from fusedattn.problem import AttentionProblem, Lengths
 
@@ -46,7 +46,7 @@ _SCRATCH = (
     "queries", "output", "scores_tile", "bias_tile", "mask_tile", "keys", "values",
     "seen_values", "seen", "keep_k", "keep_v", "row_queries", "row_output", "row_max",
     "row_sum", "alpha", "factor", "check", "q_rows", "out_rows", "mask_rows", "bias_rows",
-    "low", "high", "position", "row", "head", "slope", "bounds", "bad", "exact",
+    "low", "high", "position", "row", "head", "slope", "bounds", "bad", "exact", "partial",
 )  # fmt: skip
 
 _INTEGERS = [
@@ -56,6 +56,10 @@ _INTEGERS = [
     "counter",  # the atomic counter that hands out items, itself
     "items",
     "few_rows",  # 1: lanes along the head dim, one panel an item
+    "chunk_keys",  # of few rows: keys whose sums start from nothing
+    "chunks",
+    "partial_bytes",
+    "states",  # if chunks go to several threads: a count per item, then their states; else 0
     "panels",  # panels of a full item
     "heads_per_item",  # query heads of one KV group that share the lanes of an item
     "head_groups",
@@ -116,7 +120,7 @@ _WORDS = ctypes.c_int64 * len(_INDEX)
 _ADDRESSES = tuple(_INDEX[name] for name in ("q", "k", "v", "out", "lse", "mask", "bias"))
 _SLOPES, _SINKS = _INDEX["slopes"], _INDEX["sinks"]
 _RESCUE = (_INDEX["run_mark_visible"], _INDEX["run_rescue"])
-_COUNTER = _INDEX["counter"]
+_COUNTER, _STATES = _INDEX["counter"], _INDEX["states"]
 _LENGTH_NAMES = ("k_from", "k_to", "q_offset", "seqused_q", "seqused_k")
 _LENGTHS = tuple(_INDEX[name] for name in _LENGTH_NAMES)
 
@@ -132,21 +136,35 @@ def address_of(array: NDArray[Any]) -> int:
     return _read_address(id(array) + _AFTER_HEAD).value
 
 
+# A counter at or above this value tells the workers to stop.
+STOP = 1 << 62
+
+
 class Bound:
     """The record of one call, and the arrays that it points to."""
 
-    def __init__(self, words: Any, keep_alive: tuple[Any, ...]) -> None:
-        self.words = words
-        self.keep_alive = keep_alive
+    def __init__(
+        self, words: Any, work: int, counts: NDArray[np.int64] | None, keep_alive: tuple[Any, ...]
+    ) -> None:
         self.address = ctypes.addressof(words)
+        self.work = work
+        self._words = words
+        self._counts = counts
+        self._keep_alive = keep_alive
 
     def enter_rescue(self, addresses: tuple[int, int]) -> None:
         """Enter the functions of the rescue."""
-        self.words[_RESCUE[0]], self.words[_RESCUE[1]] = addresses
+        self._words[_RESCUE[0]], self._words[_RESCUE[1]] = addresses
 
-    def set_counter(self, value: int) -> None:
-        """Say which item is the next one."""
-        self.words[_COUNTER] = value
+    def stop(self) -> None:
+        """Make the workers leave what they have not begun."""
+        self._words[_COUNTER] = STOP
+
+    def start_over(self) -> None:
+        """Let the next workers begin with the first item again."""
+        self._words[_COUNTER] = 0
+        if self._counts is not None:
+            self._counts[:] = 0
 
 
 class Template:
@@ -167,6 +185,8 @@ class Template:
         _lower_scratch(tile, self.record)
         self.scratch_bytes = int(self.record["scratch_bytes"])
         self.items = int(self.record["items"])
+        self.chunks = int(self.record["chunks"])
+        self._partial_bytes = int(self.record["partial_bytes"])
         self._accumulator = problem.accumulator
         self._slopes_shape = problem.lse_shape[:-1]
         self._image = self.record.tobytes()
@@ -177,10 +197,12 @@ class Template:
         slopes: NDArray[Any] | None,
         sinks: NDArray[Any] | None,
         lengths: Lengths | None,
+        split: bool,
     ) -> Bound:
         """Return the record of a call on ``(q, k, v, out, lse, mask, bias)`` and the rest.
 
-        ``lengths`` are the call's own, or None if they are those of the template's problem.
+        ``lengths`` are the call's own, or None if they are those of the template's problem;
+        ``split``: whether the chunks of an item may go to several threads.
         """
         words = _WORDS.from_buffer_copy(self._image)
         tables: tuple[NDArray[np.int64], ...] = ()
@@ -197,7 +219,14 @@ class Template:
         if sinks is not None:
             sinks = self._in_float64(sinks)
             words[_SINKS] = address_of(sinks)
-        return Bound(words, (self, operands, slopes, sinks, tables))
+        work, states, counts = self.items, None, None
+        if split:
+            work *= self.chunks
+            states = np.empty(self.items + work * self._partial_bytes // 8, np.int64)
+            counts = states[: self.items]
+            counts.fill(0)
+            words[_STATES] = address_of(states)
+        return Bound(words, work, counts, (self, operands, slopes, sinks, tables, states))
 
     def _in_float64(self, values: NDArray[Any]) -> NDArray[np.float64]:
         """Slopes or sinks, which count in the accumulator type whatever they are stored in."""
@@ -339,6 +368,9 @@ def _lower_work(problem: AttentionProblem, tile: Tile, record: NDArray[Any]) -> 
     record["out_storage"] = STORAGE_CODE[tile.out_storage]
     few = takes_few_rows(problem)
     record["few_rows"] = few
+    chunk_keys = CHUNK_KEYS if few else 2**31
+    record["chunk_keys"] = chunk_keys
+    record["chunks"] = max(1, -(-problem.seqlen_k // chunk_keys))
     for name in ("k", "v"):
         array = getattr(problem, name)
         dense = array.strides[-1] == array.itemsize
@@ -363,6 +395,8 @@ def _lower_scratch(tile: Tile, record: NDArray[Any]) -> None:
     record["row_queries_stride"] = row_queries_stride
     record["row_output_stride"] = row_output_stride
     few = ROWS_PER_ITEM if record["few_rows"] else 0
+    if record["chunks"] > 1:
+        record["partial_bytes"] = 2 * lanes * size + few * row_output_stride
     tile_bytes = keys * lanes * size
     sizes = {
         "queries": rows * head_dim * size,
@@ -382,6 +416,7 @@ def _lower_scratch(tile: Tile, record: NDArray[Any]) -> None:
         **dict.fromkeys(("low", "high", "position", "row", "head"), rows * 4),
         "bounds": 4 * 8 * panels,
         "exact": 4 * 8 * head_dim_v,
+        "partial": int(record["partial_bytes"]),
     }
     at = 0
     for name in _SCRATCH:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 
 from fusedattn import philox
-from fusedattn.cpu.forward import COUNTER, STOP, attend, fill_lanes, finish, row_interval
+from fusedattn.cpu.forward import COUNTER, attend_all, fill_lanes, finish, row_interval
 from fusedattn.cpu.memory import (
     get_atomic,
     get_f64,
@@ -28,7 +28,7 @@ from fusedattn.cpu.memory import (
     write_storage,
 )
 from fusedattn.cpu.micro import SIGNATURES
-from fusedattn.cpu.params import params_at
+from fusedattn.cpu.params import STOP, params_at
 from fusedattn.cpu.simd import native
 
 # Sums of values near the largest float64 are kept this much smaller: 2**30 of them still fit.
@@ -250,7 +250,7 @@ def rescue(params, w, batch, entry):
         if has_nan_value(params, batch, head, row):
             return 1
         fill_lanes(params, w, batch, head, row, 1, 1)
-        if not attend(params, w, batch, head // p.group_size, 1, 1, 1):
+        if not attend_all(params, w, batch, head // p.group_size, 1, 1, 1):
             return 0
         if finish(params, w, batch, 1, 1) == 0:
             return 1

@@ -29,6 +29,11 @@ FEW_ROWS = 4
 ROWS_TOGETHER = 4
 ROWS_PER_ITEM = 16
 
+BLOCK_K = 96
+# Keys per chunk of few rows: whole blocks, and enough work (0.1 ms and more at a head dim of 64) to
+# be worth another thread.
+CHUNK_KEYS = 21 * BLOCK_K
+
 
 @dataclass(frozen=True, slots=True)
 class Isa:
@@ -127,4 +132,4 @@ def tile_for(storage: str, out_storage: str, rows: int = 4096, isa: Isa | None =
         return -(-rows // (vectors * width)) * vectors / _SPEED[vectors]
 
     vectors = min(range(most, 0, -1), key=cost)
-    return Tile(storage, out_storage, width, vectors, rows_in_registers, block_k=96)
+    return Tile(storage, out_storage, width, vectors, rows_in_registers, BLOCK_K)
