@@ -6,6 +6,9 @@ from cpu_backend import DTYPES, assert_same_bits, attention_on, each_isa, normal
 
 import fusedattn
 from fusedattn import attention
+from fusedattn.cpu.backend import CPU
+from fusedattn.cpu.compile import get_worker
+from fusedattn.cpu.params import address_of
 from fusedattn.cpu.tile import CHUNK_KEYS
 from fusedattn.problem import make_problem
 from fusedattn.reference import forward
@@ -107,3 +110,20 @@ for _ in range(2):
 def test_a_hidden_nan_does_not_leak_through_any_chunk(tmp_path, count):
     """The first row that needs the rescue starts the call over, counts of chunks included."""
     python(RESCUE, FUSEDATTN_NUM_THREADS=count)
+
+
+def test_a_call_that_starts_over_forgets_how_many_chunks_were_done():
+    """Or an item would be folded while one of its states is still to come."""
+    q, k, v = operands()
+    problem = make_problem(q, k, v)
+    out, expected = problem.empty_out(), attention(q, k, v)
+    template = CPU.prepare(problem)._template
+    bound = template.bind((q, k, v, out, None, None, None), None, None, None, split=True)
+    scratch = np.empty(template.scratch_bytes + 64, np.uint8)
+    for _ in range(2):
+        out.fill(np.nan)
+        get_worker()(bound.address, -(-address_of(scratch) // 64) * 64)
+        assert_same_bits(out, expected)
+        assert bound._counts.tolist() == [template.chunks] * template.items
+        bound.start_over()
+        assert bound._counts.tolist() == [0] * template.items
