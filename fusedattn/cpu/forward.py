@@ -22,6 +22,7 @@ import math
 from fusedattn import masks
 from fusedattn.cpu.memory import (
     add_atomic,
+    clear,
     get_atomic,
     get_f64,
     get_i32,
@@ -257,13 +258,6 @@ def gather_rows(params, w, count):
         set_i64(w + p.at_q_rows, lane, row)
     table, size = w + p.at_q_rows, p.real_bytes
     gather(p.run_gather, w + p.at_output, table, size, p.head_dim_v, 1.0)
-
-
-@kernel("ii>")
-def clear(address, size):
-    """Zero a part of the working memory, whose size is a multiple of 8 bytes."""
-    for i in range(size // 8):
-        set_i64(address, i, 0)
 
 
 @kernel("iiiiiiii>b")

@@ -16,7 +16,7 @@ import numba
 from llvmlite import ir
 from numba import types
 
-from fusedattn.cpu.simd import DOUBLE, FLOAT, I8, I32, I64, Emitter, Writer, inlined
+from fusedattn.cpu.simd import DOUBLE, FLOAT, I1, I8, I32, I64, Emitter, Writer, inlined
 from fusedattn.cpu.tile import STORAGE_BYTES
 
 # Functions of the macro loops with their signatures, each after those that it calls.
@@ -181,6 +181,23 @@ def _get_atomic(e: Emitter, address: ir.Value) -> ir.Value:
 
 add_atomic = inlined("ii>i", _add_atomic)
 get_atomic = inlined("i>i", _get_atomic)
+
+
+def _clear(e: Emitter, address: ir.Value, size: ir.Value) -> None:
+    target = e.builder.inttoptr(address, I8.as_pointer())
+    memset = e.builder.module.declare_intrinsic("llvm.memset", [target.type, I64])
+    e.builder.call(memset, [target, I8(0), size, I1(0)])
+
+
+def _move(e: Emitter, target: ir.Value, source: ir.Value, size: ir.Value) -> None:
+    pointers = [e.builder.inttoptr(address, I8.as_pointer()) for address in (target, source)]
+    memcpy = e.builder.module.declare_intrinsic("llvm.memcpy", [p.type for p in pointers] + [I64])
+    e.builder.call(memcpy, [*pointers, size, I1(0)])
+
+
+# So many bytes. Of loops over addresses LLVM would make gathers and scatters.
+clear = inlined("ii>", _clear)
+copy_bytes = inlined("iii>", _move)
 
 
 def view_as(record: Any) -> Any:

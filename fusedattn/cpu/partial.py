@@ -10,16 +10,9 @@ memory, the maxima and sums of the lanes and the rows of output (see `fusedattn.
 
 from __future__ import annotations
 
-from fusedattn.cpu.memory import get_i64, get_real, kernel, set_i64, set_real
+from fusedattn.cpu.memory import copy_bytes, get_real, kernel, set_real
 from fusedattn.cpu.params import params_at
 from fusedattn.cpu.tile import ROWS_TOGETHER
-
-
-@kernel("iii>")
-def copy_words(target, source, size):
-    """Copy a multiple of 8 bytes."""
-    for i in range(size // 8):
-        set_i64(target, i, get_i64(source, i))
 
 
 @kernel("iiiii>")
@@ -36,9 +29,9 @@ def move(params, w, count, state, saving):
         if part == 2:
             here, size = w + p.at_row_output, rows * p.row_output_stride
         if saving:
-            copy_words(at, here, size)
+            copy_bytes(at, here, size)
         else:
-            copy_words(here, at, size)
+            copy_bytes(here, at, size)
         at += size
 
 
