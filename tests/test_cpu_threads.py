@@ -119,7 +119,7 @@ def test_a_worker_that_is_asked_but_has_not_begun_is_not_free(monkeypatch):
         assert threads._ask(state, job, 2) == 2
         assert state.workers == workers
     jobs[0].nothing_is_left()
-    jobs[1] = None  # a caller that was interrupted before it could say anything
+    state.jobs.discard(jobs[1])  # its caller was interrupted before it could put a task
     assert threads._ask(state, threads._Job(int, int), 2) == 2
     assert state.workers == 6
 

@@ -15,7 +15,6 @@ import os
 import queue
 import sys
 import threading
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -100,7 +99,7 @@ class _State:
         self.lock = threading.RLock()  # a signal handler may call again in the midst of a call
         self.tasks: queue.SimpleQueue[_Job] = queue.SimpleQueue()
         self.workers = 0
-        self.jobs: weakref.WeakSet[_Job] = weakref.WeakSet()
+        self.jobs: set[_Job] = set()  # whose callers wait
 
 
 _state = _State()
@@ -146,7 +145,7 @@ def _ask(state: _State, job: _Job, helpers: int) -> int:
     times as many.
     """
     with state.lock:
-        asked = sum(other.helpers for other in state.jobs if not other.over)
+        asked = sum(other.helpers for other in [*state.jobs] if not other.over)
         while state.workers < min(asked + helpers, CALLERS * helpers):
             name = f"fusedattn-{state.workers}"
             thread = threading.Thread(target=_serve, args=(state,), name=name, daemon=True)
@@ -236,12 +235,12 @@ def run(work: Task, stop: Task, threads: int, *, join_in: bool) -> None:
     if sys.is_finalizing():  # the pool's threads have stopped for good
         helpers = 0
     state, job = _state, _Job(work, stop)
-    helpers = _ask(state, job, helpers) if helpers else 0
-    if helpers == 0:
-        work()
-        return
     interrupt: BaseException | None = None
     try:
+        helpers = _ask(state, job, helpers) if helpers else 0
+        if helpers == 0:
+            work()
+            return
         while not job.over:
             # Nothing may touch the caller's arrays once an error has left this function, so an
             # interrupt, or a second one, only changes what is waited for.
@@ -263,6 +262,7 @@ def run(work: Task, stop: Task, threads: int, *, join_in: bool) -> None:
         if job.error is not None:
             raise job.error
     finally:
+        state.jobs.discard(job)
         if not job.over:  # a third interrupt, between two instructions of the loop
             stop()
         interrupt = job.error = None  # a traceback and its frames would keep each other alive
