@@ -66,7 +66,7 @@ def forward(problem: AttentionProblem) -> Result:
     """Compute ``out`` (B, H, S, E) and, if asked for, ``lse`` (B, H, S)."""
     with np.errstate(all="ignore"):  # NaN, inf and overflow are answers here, not accidents
         visible, scores, _ = _scores(problem)
-        weights, lse = _softmax(problem, visible, scores)
+        weights, lse, _ = _softmax(problem, visible, scores)
         used, weights = _drop(problem, visible, weights)
         v = _float64(problem, problem.v)
         # Weights that were dropped and scaled up no longer sum to 1, and may overflow in earnest.
@@ -98,8 +98,9 @@ def backward(
     """Pull ``d_out`` (B, H, S, E) and ``d_lse`` (B, H, S) back to the operands.
 
     `out` and `lse` are what the forward returned. They may come from more keys than the problem
-    holds, as in context parallelism: the gradients are then those of this part of the keys. Without
-    them both are computed here in full precision.
+    holds, as in context parallelism: the gradients are then those of this part of the keys, as long
+    as the lse is precise enough, see `_from_lse`. Without them both are computed here in full
+    precision.
 
     With ``w`` the softmax weights, ``z`` the dropout factors (0 or ``1 / (1 - dropout_p)``)::
 
@@ -111,12 +112,9 @@ def backward(
         q, k, v = (_float64(problem, array) for array in (problem.q, problem.k, problem.v))
         visible, scores, d_softcap = _scores(problem)
         d_out = d_out.astype(np.float64)
-        if lse is None:
-            w, lse = _softmax(problem, visible, scores)
-        else:
-            lse = lse.astype(np.float64)
-            shift = np.where(np.isneginf(lse), 0.0, lse)
-            w = np.where(visible, np.exp(scores - shift[..., None]), 0.0)
+        w, _, w_sink = _softmax(problem, visible, scores)
+        if lse is not None:
+            w, w_sink = _from_lse(problem, visible, scores, lse, (w, w_sink))
         used, dropped = _drop(problem, visible, w)
         if out is None:
             out = _attend(dropped, used, v)
@@ -137,7 +135,7 @@ def backward(
             _round(_sum_groups(problem, d_k), problem.dtype),
             _round(_sum_groups(problem, d_v), problem.dtype),
             _d_bias(problem, d_scores) if bias_grad else None,
-            _d_sinks(problem, sees, lse, slope),
+            _d_sinks(problem, w_sink, slope),
         )
 
 
@@ -202,8 +200,10 @@ def _sinks(problem: AttentionProblem) -> Float64 | None:
     return np.where(active, _operand(problem, problem.sinks)[:, None], -np.inf)
 
 
-def _softmax(problem: AttentionProblem, visible: Bool, scores: Float64) -> tuple[Float64, Float64]:
-    """Normalised weights (B, H, S, T) over the visible keys and the lse (B, H, S)."""
+def _softmax(
+    problem: AttentionProblem, visible: Bool, scores: Float64
+) -> tuple[Float64, Float64, Float64]:
+    """Normalised weights (B, H, S, T) over the visible keys, the lse and the sink's weight."""
     row_max = np.where(visible, scores, -np.inf).max(axis=-1, initial=-np.inf)
     sinks = _sinks(problem)
     if sinks is not None:
@@ -212,10 +212,32 @@ def _softmax(problem: AttentionProblem, visible: Bool, scores: Float64) -> tuple
     shift = np.where(np.isneginf(row_max), 0.0, row_max)
     exps = np.where(visible, np.exp(scores - shift[..., None]), 0.0)
     row_sum = exps.sum(axis=-1)
-    if sinks is not None:
-        row_sum = row_sum + np.exp(sinks - shift)
+    w_sink = np.zeros_like(shift) if sinks is None else np.exp(sinks - shift)
+    row_sum = row_sum + w_sink
     lse = shift + np.log(row_sum)
-    return exps / np.where(row_sum == 0.0, 1.0, row_sum)[..., None], lse
+    divisor = np.where(row_sum == 0.0, 1.0, row_sum)
+    return exps / divisor[..., None], lse, w_sink / divisor
+
+
+def _from_lse(
+    problem: AttentionProblem,
+    visible: Bool,
+    scores: Float64,
+    lse: NDArray[Any],
+    own: tuple[Float64, Float64],
+) -> tuple[Float64, Float64]:
+    """Weights of keys and sink that a stored lse gives; `own` are those of the softmax itself.
+
+    The roundoff of the lse is a relative error of every weight. Where it exceeds ``2**-12`` the
+    stored number is too coarse to be of use, and the softmax itself counts.
+    """
+    unit = float(np.finfo(problem.accumulator).eps) / 2
+    shift = np.where(np.isneginf(lse), 0.0, lse.astype(np.float64))
+    w = np.where(visible, np.exp(scores - shift[..., None]), 0.0)
+    sinks = _sinks(problem)
+    w_sink = np.zeros_like(shift) if sinks is None else np.exp(sinks - shift)
+    coarse = unit * np.abs(shift) > 2.0**-12
+    return np.where(coarse[..., None], own[0], w), np.where(coarse, own[1], w_sink)
 
 
 def _attend(weights: Float64, used: Bool, values: Float64) -> Float64:
@@ -279,14 +301,12 @@ def _d_bias(problem: AttentionProblem, d_scores: Float64) -> NDArray[Any] | None
     return _round(total, problem.bias.dtype)
 
 
-def _d_sinks(
-    problem: AttentionProblem, sees: Bool, lse: Float64, slope: Float64
-) -> NDArray[Any] | None:
+def _d_sinks(problem: AttentionProblem, w_sink: Float64, slope: Float64) -> NDArray[Any] | None:
     """Sum ``w_sink * slope`` over rows and batch items; rows without a sink have no share."""
     sinks = _sinks(problem)
     if problem.sinks is None or sinks is None:
         return None
-    d_sinks = np.where(np.isneginf(sinks), 0.0, np.exp(sinks - lse) * slope)
+    d_sinks = np.where(np.isneginf(sinks), 0.0, w_sink * slope)
     total = d_sinks.sum(axis=(*range(d_sinks.ndim - 2), -1))
     return _round(total, problem.sinks.dtype)
 

@@ -4,8 +4,6 @@ import pytest
 from hypothesis import settings
 
 import fusedattn
-from fusedattn import reference
-from fusedattn.problem import make_problem
 from fusedattn.testing import EVERYTHING
 from fusedattn.testing.suite import make_suite
 
@@ -30,21 +28,37 @@ def on(backend):
     return attention
 
 
-def pull_back(d_out, q, k, v, out, lse, *, d_lse=None, **keywords):
-    """Gradients of the reference."""
-    problem = make_problem(q, k, v, **keywords)
-    return reference.backward(problem, d_out, out, lse, d_lse)
+def gradient_on(backend):
+    """`attention_backward` on one backend."""
+
+    def gradient(*arguments, **keywords):
+        return fusedattn.attention_backward(*arguments, backend=backend, **keywords)
+
+    gradient.source = (
+        "import fusedattn\n"
+        "from types import SimpleNamespace\n"
+        "adapted = SimpleNamespace(gradient=lambda *given, **keywords: "
+        "fusedattn.attention_backward(\n"
+        f"    *given, backend={backend!r}, **keywords))"
+    )
+    return gradient
 
 
 TestReference = make_suite(
     on("reference"),
     supports=EVERYTHING | {"d_lse"},
     dtypes=DTYPES,
-    gradient=pull_back,
+    gradient=gradient_on("reference"),
     max_examples=EXAMPLES,
 )
 
-TestBlocked = make_suite(on("blocked"), supports=EVERYTHING, dtypes=DTYPES, max_examples=EXAMPLES)
+TestBlocked = make_suite(
+    on("blocked"),
+    supports=EVERYTHING | {"d_lse"},
+    dtypes=DTYPES,
+    gradient=gradient_on("blocked"),
+    max_examples=EXAMPLES,
+)
 
 
 TestCpu = make_suite(

@@ -16,6 +16,10 @@ every weight is off by ``f_j = e_j + lse_budget + u (|s_j - lse| + 2 |lse| + 4)`
   order, ``(n + 4) u`` of the sum of absolute values, and are rounded to their own type.
 
 A kernel that rounds weights and ``d_s`` to a half type adds ``u_half`` to both, and says so.
+
+Where ``u |lse| > 2**-12`` a stored lse is too coarse, and row_max and row_sum are computed again.
+Weights made of those lie between 0 and 1 but for rounding, whatever the errors of their exponents,
+so there no weight is off by more than 1. Where a bound overflows it is inf.
 """
 
 from __future__ import annotations
@@ -43,6 +47,9 @@ from fusedattn.testing.tolerance import (
 )
 
 Array = NDArray[Any]
+
+# Relative error of a weight from a stored lse beyond which row_max and row_sum are found again.
+COARSE = 2.0**-12
 
 
 def backward_budget(
@@ -120,9 +127,13 @@ class _Sums:
         logs = np.where(block.attended, np.abs(weights.log_w), 0.0)
         w = np.exp(weights.log_w)
         w_error = change_of_weight(weights.log_w, weights.exponent + stored[..., None] + u * logs)
+        again = (u * np.abs(lse) > COARSE)[..., None]
+        w_error = np.where(again, np.minimum(w_error, 1 + weights.chain), w_error)
         w_error = np.where(block.attended, w_error + 4 * smallest_normal(problem.accumulator), 0.0)
         w_error = w_error + half * w
 
+        # Hidden values may be anything; they have no part in what follows.
+        v = np.where(any_over(block.attended, -2)[..., None], v, 0.0)
         p = factor * (d_out @ v.swapaxes(-1, -2))
         p_error = (
             u * (problem.head_dim_v + 2) * factor * (np.abs(d_out) @ np.abs(v).swapaxes(-1, -2))
@@ -178,6 +189,7 @@ class _Sums:
         w_error = change_of_weight(weights.sink_log_w, weights.sink_exponent + stored + u * logs)
         t, size = np.abs(slope - delta), np.abs(slope) + np.abs(delta)
         t_error = delta_error + 2 * u * size
+        w_error = np.where(u * np.abs(weights.lse) > COARSE, np.minimum(w_error, 1.0), w_error)
         self.sinks[0][block.heads] += np.where(has_sink, w * t, 0.0).sum(-1)
         error = w_error * (t + t_error) + w * t_error + 2 * u * w * t
         self.sinks[1][block.heads] += np.where(has_sink, error, 0.0).sum(-1)
@@ -221,4 +233,4 @@ def _budget(
     error = error + unit_roundoff(dtype) * total + smallest_subnormal(dtype)
     error = error + 4 * terms * smallest_normal(problem.accumulator)
     error = np.where(total > largest(dtype), np.inf, error)
-    return np.where(np.isnan(error), 0.0, error)
+    return np.where(np.isnan(error), np.inf, error)  # 0 * inf, after an overflow

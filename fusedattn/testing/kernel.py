@@ -102,13 +102,13 @@ class Kernel:
         reason = None if self.domain is None else self.domain(case.problem)
         if reason is not None:
             raise OutsideDomain(reason)
-        placed = _place(self, case)
+        placed = place(case)
         bshd = case.keywords.get("layout") == "bshd"
         problem = case.problem
         out = None
         if "out" in case.placement:
             empty = np.full(problem.out_shape, poison(problem.out_dtype), problem.out_dtype)
-            out = Placed(empty, _dense(case, "out", bshd))
+            out = Placed(empty, dense(case, "out", bshd))
         arguments: dict[str, Any] = {**case.keywords}
         arguments |= {name: buffer.view for name, buffer in placed.items()}
         if out is not None:
@@ -142,15 +142,16 @@ def quietly(fn: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
         return fn(*arguments, **keywords)
 
 
-def _dense(case: Case, name: str, bshd: bool) -> str:
+def dense(case: Case, name: str, bshd: bool) -> str:
     """Placement of an argument: what is handed over in bshd order is contiguous in that order."""
     how = case.placement.get(name, "plain")
     return "seq_first" if bshd and how == "plain" else how
 
 
-def _place(kernel: Kernel, case: Case) -> dict[str, Placed]:
+def place(case: Case) -> dict[str, Placed]:
+    """Lay the arrays of a call out in guarded memory, in canonical axis order."""
     bshd = case.keywords.get("layout") == "bshd"
-    placed = {name: Placed(getattr(case, name), _dense(case, name, bshd)) for name in "qkv"}
+    placed = {name: Placed(getattr(case, name), dense(case, name, bshd)) for name in "qkv"}
     for name, value in case.keywords.items():
         if isinstance(value, np.ndarray):
             placed[name] = Placed(value, case.placement.get(name, "plain"))
