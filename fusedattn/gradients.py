@@ -104,10 +104,11 @@ def attention_backward(
 
     No finite input gives inf or NaN where the domain of `attention` is kept and the terms of each
     gradient, taken as positive numbers, add up to less than a quarter of the largest number of its
-    type and of the accumulator: with ``t = 2 * sum(|d_out_d|) * max|v| / (1 - dropout_p) + |d_lse|``
-    the largest of a row and ``s = max(1, |scale|)``, these are ``s * t * max|k|`` for d_q, the sums
-    over rows of ``s * t * |q|`` for d_k and of ``|d_out| / (1 - dropout_p)`` for d_v, and of ``t``
-    over all that an element of bias or sinks serves. Logits may be of any size.
+    type and of the accumulator. Let ``t = 2 * sum(|d_out_d|) * max|v| / (1 - dropout_p) + |d_lse|``
+    be the largest of any row and ``s = max(1, |scale|)``; the terms add up to ``s * t * max|k|``
+    for d_q, to the sums over rows of ``s * t * |q|`` for d_k and of ``|d_out| / (1 - dropout_p)``
+    for d_v, and of ``t`` over all that an element of bias or sinks serves. Logits may be of any
+    size.
 
     Weights follow from lse as ``exp(score - lse)``. Where ``|lse|`` is so large that its rounding
     would show (above 2**12 in float32, 2**41 in float64), the maximum and sum of the row are

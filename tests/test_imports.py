@@ -30,6 +30,8 @@ MAY_IMPORT = {
     "": {"api", "gradients", "merge", "problem"},
     # The kit judges other people's kernels: it knows the specification and no kernel of ours.
     "testing": {"testing", "problem", "masks", "merge", "reference"},
+    # Other people's automatic differentiation, on top of the public functions.
+    "interop": {"api", "gradients", "problem"},
     "__main__": None,
     "cli": None,
 }
@@ -48,6 +50,7 @@ OUTSIDE = {
     "api": {"numpy"},
     "gradients": {"numpy"},
     "": set(),
+    "interop": {"numpy", "ml_dtypes", "torch", "jax"},
 }
 LIGHT = "import fusedattn, sys; print(*sorted(sys.modules))"
 
@@ -87,6 +90,12 @@ def test_imports_go_down_only():
                 assert (below or [""])[0] in allowed, f"{path} imports {name}"
 
 
+def test_nothing_imports_what_is_imported_on_request_only():
+    for path in sources():
+        if part_of(path) != "interop":
+            assert not any(name.startswith("fusedattn.interop") for name in imported(path)), path
+
+
 def test_modules_below_the_kernels_need_numpy_alone():
     for path in sources():
         outside = OUTSIDE.get(part_of(path))
@@ -112,7 +121,8 @@ def run(code):
 
 def test_import_loads_nothing_optional():
     loaded = {name.split(".")[0] for name in run(LIGHT).split()}
-    heavy = {"numba", "llvmlite", "hypothesis", "pytest", "typer", "rich", "scipy", "onnx", "torch"}
+    heavy = {"numba", "llvmlite", "hypothesis", "pytest", "typer", "rich", "scipy", "onnx"}
+    heavy |= {"torch", "jax"}
     assert not loaded & heavy
 
 

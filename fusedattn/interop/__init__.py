@@ -1,0 +1,1 @@
+"""Attention inside other people's automatic differentiation; import the module you need."""
