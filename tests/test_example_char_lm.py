@@ -19,7 +19,7 @@ from examples.char_lm.model import (
     normalise,
 )
 from examples.char_lm.text import Corpus, spread, standard_library, windows
-from examples.char_lm.training import Adam, Plan, evaluate, held_out, learning_rate, train
+from examples.char_lm.training import Adam, Plan, evaluate, learning_rate, train
 
 SMALL = Shape(layers=2, heads=2, channels=8)
 ALPHABET = 7
@@ -133,10 +133,12 @@ def test_the_loss_falls_below_the_trigram_models():
     text = corpus()
     plan = Plan(steps=80, batch=8, length=32, rate=1e-2, warmup=5)
     shape = Shape(layers=2, heads=2, channels=32)
-    judged = held_out(text, 10, plan.length)
+    places = spread(text.validation, 10, plan.length)
+    judged = windows(text.validation, places, plan.length)
     *_, last = (steps := list(train(plan, shape, text)))
     losses = [progress.loss for progress in steps]
-    baseline = trigram.loss(trigram.trigram(text.training, len(text.alphabet)), *judged)
+    counted = trigram.trigram(text.training, len(text.alphabet))
+    baseline = trigram.loss(counted, text.validation, places, plan.length)
     assert losses[0] == pytest.approx(np.log(len(text.alphabet)), rel=0.2)
     assert evaluate(last.weights, shape, *judged) < baseline < losses[0] / 3
     again = itertools.islice(train(plan, shape, text), 5)
@@ -183,6 +185,14 @@ def test_the_trigram_model_is_a_distribution_and_knows_its_text():
     assert model[t, h, e] == model[t, h].max() > 0.9
 
 
+def test_the_trigram_loss_is_the_mean_over_all_characters_of_the_pieces():
+    rng = np.random.default_rng(0)
+    tokens, model = rng.integers(0, 3, 30), rng.dirichlet(np.ones(3), (3, 3))
+    expected = [-np.log(model[tuple(tokens[i - 1 : i + 2])]) for i in (4, 5, 6, 20, 21, 22)]
+    found = trigram.loss(model, tokens, np.array([4, 20]), 3)
+    np.testing.assert_allclose(found, np.mean(expected))
+
+
 def test_validation_is_text_that_was_not_learnt_from(tmp_path):
     for number in range(4):
         (tmp_path / f"m{number}.py").write_text(f"# module {number} é\n")
@@ -196,6 +206,7 @@ def test_pieces_do_not_overlap_and_targets_are_the_next_characters():
     tokens = np.arange(100, dtype=np.uint8)
     starts = spread(tokens, 5, 10)
     assert (np.diff(starts) >= 10).all()
+    assert starts.min() >= 1
     before, after = windows(tokens, starts, 10)
     np.testing.assert_array_equal(after, before + 1)
 

@@ -12,8 +12,8 @@ from examples.char_lm import trigram
 from examples.char_lm.generation import generate
 from examples.char_lm.model import Shape
 from examples.char_lm.picture import draw_losses
-from examples.char_lm.text import standard_library
-from examples.char_lm.training import Plan, evaluate, held_out, train
+from examples.char_lm.text import spread, standard_library, windows
+from examples.char_lm.training import Plan, evaluate, train
 
 app = typer.Typer(add_completion=False)
 DEFAULT, USUAL = Plan(), Shape()
@@ -45,9 +45,11 @@ def main(
     corpus = standard_library()
     plan = Plan(steps, batch, length, rate, seed=seed, backend=backend)
     shape = Shape(layers, heads, channels)
-    judged = held_out(corpus, validation, length)
+    places = spread(corpus.validation, validation, length)
+    judged = windows(corpus.validation, places, length)
     few = tuple(part[:: max(1, len(part) // 32)] for part in judged)
-    baseline = trigram.loss(trigram.trigram(corpus.training, len(corpus.alphabet)), *judged)
+    counted = trigram.trigram(corpus.training, len(corpus.alphabet))
+    baseline = trigram.loss(counted, corpus.validation, places, length)
     console.print(
         f"{len(corpus.training):,} characters to learn from, {len(corpus.alphabet)} different ones;"
         f" a trigram model gets {baseline:.3f} nats per character."

@@ -64,6 +64,9 @@ def windows(tokens: Tokens, starts: NDArray[np.int64], length: int) -> tuple[Tok
 
 
 def spread(tokens: Tokens, count: int, length: int) -> NDArray[np.int64]:
-    """Return starts of pieces without overlap, evenly spread over a text: `count`, or all."""
-    pieces = (len(tokens) - 1) // length
-    return np.linspace(0, pieces - 1, min(count, pieces)).astype(np.int64) * length
+    """Return starts of pieces without overlap, evenly spread over a text: `count`, or all.
+
+    There is a character before each piece, and one after.
+    """
+    pieces = (len(tokens) - 2) // length
+    return 1 + np.linspace(0, pieces - 1, min(count, pieces)).astype(np.int64) * length

@@ -15,7 +15,7 @@ from examples.char_lm.model import (
     init,
     loss_and_gradients,
 )
-from examples.char_lm.text import Corpus, Tokens, spread, windows
+from examples.char_lm.text import Corpus, Tokens, windows
 
 
 class Plan(NamedTuple):
@@ -82,11 +82,6 @@ def train(plan: Plan, shape: Shape, corpus: Corpus) -> Iterator[Progress]:
         loss, gradients = loss_and_gradients(weights, shape, before, after, plan.backend)
         adam.update(weights, gradients, learning_rate(plan, step))
         yield Progress(step + 1, loss, time.perf_counter() - start, weights)
-
-
-def held_out(corpus: Corpus, count: int, length: int) -> tuple[Tokens, Tokens]:
-    """Return pieces of the validation text, evenly spread, and what comes next in each place."""
-    return windows(corpus.validation, spread(corpus.validation, count, length), length)
 
 
 def evaluate(

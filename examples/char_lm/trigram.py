@@ -37,11 +37,11 @@ def _smooth(counts: NDArray[np.int64], lower: Float64) -> Float64:
     return np.where(seen, (kept + share * lower) / np.where(seen, total, 1), lower)
 
 
-def loss(model: Float64, before: Tokens, after: Tokens) -> float:
-    """Mean of ``-log p`` over pieces of text, in nats per character.
+def loss(model: Float64, tokens: Tokens, starts: NDArray[np.int64], length: int) -> float:
+    """Mean of ``-log p`` over pieces of a text, in nats per character.
 
-    The first character of each piece is predicted from itself alone in place of what came before
-    the piece, which the transformer does not see either.
+    The first character of a piece, too, is predicted from the two before it, although one of them
+    lies outside the piece, where the transformer cannot see it.
     """
-    previous = np.concatenate([before[:, :1], before[:, :-1]], axis=1)
-    return float(-np.log(model[previous, before, after]).mean())
+    places = starts[:, None] + np.arange(length)
+    return float(-np.log(model[tokens[places - 1], tokens[places], tokens[places + 1]]).mean())
