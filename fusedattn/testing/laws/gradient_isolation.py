@@ -46,8 +46,9 @@ def _assert_same(
 def hidden_entries_do_not_leak_into_gradients(kernel: Kernel, case: Case) -> None:
     """NaN in a key, value or row changes no gradient of what does not see it or is not seen by it.
 
-    Needs ``hidden_nan``. If this does not hold, a NaN in one document of a batch spoils the
-    gradients of its neighbours: ``0 * NaN`` is NaN.
+    Within the budget: what a NaN has spoilt may be mended in another order of summation. Needs
+    ``hidden_nan``. If this does not hold, a NaN in one document of a batch spoils the gradients of
+    its neighbours: ``0 * NaN`` is NaN.
     """
     problem, rng = case.problem, case.rng
     seen = attended(problem)
@@ -67,8 +68,7 @@ def hidden_entries_do_not_leak_into_gradients(kernel: Kernel, case: Case) -> Non
         lse=np.where(spoilt, np.nan, given.lse).astype(given.lse.dtype),
     )
     found = pull_back(kernel, dirty, worse)
-    bits = kernel.bitwise
-    _assert_same(found, clean, case, given, bits, {"d_q": ~spoilt[..., None]})
+    _assert_same(found, clean, case, given, False, {"d_q": ~spoilt[..., None]})
 
     at_row = np.arange(problem.seqlen_q)[:, None] == row
     dirty = replaced(case, {"q": (at_row, junk)})
@@ -80,7 +80,7 @@ def hidden_entries_do_not_leak_into_gradients(kernel: Kernel, case: Case) -> Non
     found = pull_back(kernel, dirty, worse)
     groups = (*problem.batch_shape, problem.num_heads_kv, problem.group_size, problem.seqlen_k)
     untouched = ~any_over(seen[..., row, :].reshape(groups), -2)[..., None]
-    _assert_same(found, clean, case, given, bits, {"d_k": untouched, "d_v": untouched})
+    _assert_same(found, clean, case, given, False, {"d_k": untouched, "d_v": untouched})
 
 
 def same_call_same_gradients(kernel: Kernel, case: Case) -> None:
