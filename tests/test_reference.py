@@ -145,6 +145,33 @@ def test_gradients_of_operands_not_given_are_none():
     assert gradients.d_sinks is None
 
 
+def test_a_bias_gradient_that_is_not_wanted_is_none_and_changes_nothing():
+    q, k, v = operands(np.random.default_rng(0))
+    problem = make_problem(q, k, v, **FEATURES["all"])
+    d_out = np.ones(problem.out_shape)
+    wanted, found = (reference.backward(problem, d_out, bias_grad=flag) for flag in (True, False))
+    assert wanted.d_bias is not None
+    assert found.d_bias is None
+    for name in ("d_q", "d_k", "d_v", "d_sinks"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("sinks", [None, np.full(4, 2.0**45)])
+def test_an_lse_too_coarse_for_its_weights_is_not_used(dtype, sinks):
+    q, k, v = (x.astype(dtype) for x in operands(np.random.default_rng(11)))
+    # 2**45 is exact in both types, and no score survives beside it.
+    options = {} if sinks is None else {"sinks": sinks}
+    problem = make_problem(q, k, v, bias=np.array(2.0**45), return_lse=True, **options)
+    d_out = np.random.default_rng(12).standard_normal(problem.out_shape)
+    out, lse = reference.forward(problem)
+    expected = reference.backward(problem, d_out, out, d_lse=np.ones(lse.shape))
+    wrong = (lse * (1 + 4 * np.finfo(dtype).eps)).astype(dtype)
+    found = reference.backward(problem, d_out, out, wrong, np.ones(lse.shape))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize("shape", [(), (7,), (5, 1), (4, 1, 1), (1, 1, 5, 7), (2, 3, 4, 5, 7)])
 def test_the_gradient_of_a_bias_has_its_shape_and_dtype(shape):
     rng = np.random.default_rng(6)
