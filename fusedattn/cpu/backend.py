@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,8 +13,9 @@ from fusedattn.cpu.compile import get_micro, get_rescue, get_worker, known_rescu
 from fusedattn.cpu.forward import NEEDS_RESCUE
 from fusedattn.cpu.micro import GROUPS
 from fusedattn.cpu.params import Bound, Template, groups_of, heads_per_item, tile_of
+from fusedattn.cpu.scratch import working_memory
 from fusedattn.cpu.tile import ROWS_PER_ITEM, host_isa, tile_for
-from fusedattn.problem import AttentionProblem, Lengths, Result
+from fusedattn.problem import AttentionProblem, Gradients, Lengths, Result
 
 # Below this much work waking a thread costs more than it saves.
 ALONE_FLOPS = 5_000_000
@@ -26,18 +26,6 @@ LONG_FLOPS = 300_000_000
 ITEMS_PER_THREAD = 4
 # Numbers of rows that call for each of the panel widths.
 WARMUP_ROWS = (1, 32, 4096)
-
-_scratch = threading.local()
-
-
-def _working_memory(size: int) -> int:
-    """Address of at least ``size`` bytes that belong to this thread, on a cache line."""
-    buffer = getattr(_scratch, "buffer", None)
-    if buffer is None or buffer.nbytes < size + 64:
-        buffer = _scratch.buffer = np.empty(size + 64, np.uint8)
-        _scratch.address = -(-buffer.ctypes.data // 64) * 64
-    address: int = _scratch.address
-    return address
 
 
 class Prepared:
@@ -83,11 +71,11 @@ class Prepared:
         """Run all items; return whether the rescue is missing."""
         worker, scratch_bytes = get_worker(), self._template.scratch_bytes
         if flops < ALONE_FLOPS:
-            return bool(worker(bound.address, _working_memory(scratch_bytes)) == NEEDS_RESCUE)
+            return bool(worker(bound.address, working_memory(scratch_bytes)) == NEEDS_RESCUE)
         missing: list[bool] = []
 
         def work() -> None:
-            if worker(bound.address, _working_memory(scratch_bytes)) == NEEDS_RESCUE:
+            if worker(bound.address, working_memory(scratch_bytes)) == NEEDS_RESCUE:
                 missing.append(True)
                 bound.stop()
 
@@ -107,9 +95,9 @@ class Cpu:
         return []
 
     def unsupported_backward(self, problem: AttentionProblem) -> list[str]:
-        """Reasons why the gradients of the problem cannot be computed here."""
+        """Every problem that passes validation has its gradients."""
         del problem
-        return ["has no kernels for gradients"]
+        return []
 
     def describe(self, problem: AttentionProblem) -> list[str]:
         """Say which kernel would run, for `fusedattn.explain`."""
@@ -135,6 +123,21 @@ class Cpu:
         operands = (problem.q, problem.k, problem.v, out, lse, problem.mask, problem.bias)
         self.prepare(problem).run(operands, problem.alibi_slopes, problem.sinks)
         return Result(out, lse)
+
+    def backward(
+        self,
+        problem: AttentionProblem,
+        d_out: NDArray[Any],
+        out: NDArray[Any],
+        lse: NDArray[Any],
+        d_lse: NDArray[Any] | None = None,
+        *,
+        bias_grad: bool = True,
+    ) -> Gradients:
+        """Pull ``d_out`` and ``d_lse`` back to the operands; arrays in canonical axis order."""
+        from fusedattn.cpu import differentiate  # whoever does not train does not compile it
+
+        return differentiate.backward(problem, d_out, out, lse, d_lse, bias_grad=bias_grad)
 
 
 CPU = Cpu()

@@ -19,7 +19,7 @@ from fusedattn.cpu.cache import KernelCache, fetch
 from fusedattn.cpu.forward import RESCUE_SIGNATURES, worker
 from fusedattn.cpu.half import link_half
 from fusedattn.cpu.memory import compile_kernels, numba_signature
-from fusedattn.cpu.micro import GROUPS, emit_module
+from fusedattn.cpu.micro import BACKWARD_GROUPS, GROUPS, emit_module
 from fusedattn.cpu.tile import Tile
 from fusedattn.undisturbed import undisturbed
 
@@ -79,15 +79,36 @@ def _compile(name: str, function: Any, signature: str) -> Any:
     return compiled
 
 
-@once
-def get_worker() -> Worker:
-    """Return the native worker ``(parameters, working memory) -> status``."""
-    compiled = _compile("worker", worker, "ii>i")
+def _worker(name: str, function: Any) -> Worker:
+    """Compile a function ``(parameters, working memory) -> status``, or load it."""
+    compiled = _compile(name, function, "ii>i")
     # ctypes lets go of the GIL for the length of the call.
     prototype = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
     native: Any = prototype(compiled.address)
     native.compiled = compiled  # keeps the code in memory
     return cast(Worker, native)
+
+
+@once
+def get_worker() -> Worker:
+    """Return the native worker of the forward pass."""
+    return _worker("worker", worker)
+
+
+@once
+def get_backward_worker() -> Worker:
+    """Return the native worker of the backward pass."""
+    from fusedattn.cpu.backward import backward_worker
+
+    return _worker("backward_worker", backward_worker)
+
+
+@once
+def get_backward_rescue() -> Worker:
+    """Return the native worker of its rescue, compiled on first use."""
+    from fusedattn.cpu.backward_rescue import rescue_worker
+
+    return _worker("backward_rescue", rescue_worker)
 
 
 @once
@@ -117,7 +138,8 @@ def get_micro(tile: Tile, group: str) -> Micro:
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), host_machine())
     engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
-    addresses = {name: engine.get_function_address(name) for name in GROUPS[group]}
+    names = (GROUPS | BACKWARD_GROUPS)[group]
+    addresses = {name: engine.get_function_address(name) for name in names}
     return Micro(addresses, engine)
 
 

@@ -65,6 +65,7 @@ mask_tile = _call["mask_tile"]
 bias_tile = _call["bias_tile"]
 multiply = _call["multiply"]
 softcap = _call["softcap"]
+softcap_slope = _call["softcap_slope"]
 alibi = _call["alibi"]
 add = _call["add"]
 drop = _call["drop"]
@@ -140,21 +141,26 @@ def fill_lanes(params, w, batch, head, row, count, panels):
         set_i64(bounds, 4 * panel + 3, first_high)
 
 
-@kernel("iiiii>")
-def natural_units(params, w, panel, first_key, n):
-    """The passes over a tile of raw scores whose order the specification fixes."""
+@kernel("iiiiii>")
+def natural_units(params, w, tables, panel, first_key, n):
+    """The passes over a tile of raw scores whose order the specification fixes.
+
+    ``tables`` is where the lane tables lie. The backward pass also wants the slope of the softcap.
+    """
     p = params_at(params)
     s = w + p.at_scores_tile
     multiply(p.run_multiply, s, n, p.scale)
     cap = p.softcap
     if cap > 0.0:
         softcap(p.run_softcap, s, n, cap)
+        if p.run_softcap_slope:
+            softcap_slope(p.run_softcap_slope, s, n, cap, w + p.at_softcap_slope)
     if p.slopes:
-        positions = w + p.at_position + panel * p.lanes * 4
-        slope = w + p.at_slope + panel * p.lanes * p.real_bytes
+        positions = tables + p.at_position + panel * p.lanes * 4
+        slope = tables + p.at_slope + panel * p.lanes * p.real_bytes
         alibi(p.run_alibi, s, n, first_key, positions, slope)
     if p.bias:
-        tile_at, table = w + p.at_bias_tile, w + p.at_bias_rows + panel * p.lanes * 8
+        tile_at, table = w + p.at_bias_tile, tables + p.at_bias_rows + panel * p.lanes * 8
         offset, step = first_key * p.bias_key, p.bias_key
         bias_tile(p.run_bias_tile, tile_at, table, offset, step, n, p.bias_storage)
         add(p.run_add, s, n, tile_at)
@@ -188,7 +194,7 @@ def attend_tile(
         queries = w + p.at_queries + panel * head_dim * row_bytes
         scores(p.run_scores, keys, k_stride, n, queries, s, head_dim)
     if p.natural_units:
-        natural_units(params, w, panel, first_key, n)
+        natural_units(params, w, w, panel, first_key, n)
     at_lane = panel * p.lanes * 4
     last_low, first_high = get_i64(bounds, 4 * panel + 2), get_i64(bounds, 4 * panel + 3)
     if last_low > first_key or first_high < first_key + n:

@@ -179,8 +179,20 @@ def _get_atomic(e: Emitter, address: ir.Value) -> ir.Value:
     return e.builder.load_atomic(e.builder.inttoptr(address, I64.as_pointer()), "monotonic", 8)
 
 
+def _get_acquire(e: Emitter, address: ir.Value) -> ir.Value:
+    return e.builder.load_atomic(e.builder.inttoptr(address, I64.as_pointer()), "acquire", 8)
+
+
+def _set_release(e: Emitter, address: ir.Value, value: ir.Value) -> None:
+    pointer = e.builder.inttoptr(address, I64.as_pointer())
+    e.builder.store_atomic(value, pointer, "release", 8)
+
+
 add_atomic = inlined("ii>i", _add_atomic)
 get_atomic = inlined("i>i", _get_atomic)
+# What one thread wrote before it released, another sees after it has acquired.
+get_acquire = inlined("i>i", _get_acquire)
+set_release = inlined("ii>", _set_release)
 
 
 def _clear(e: Emitter, address: ir.Value, size: ir.Value) -> None:

@@ -32,7 +32,7 @@ STORAGE_NAME = {
 SHARED_ROWS = 96
 
 # An operand is an address, three strides in bytes and the address of its batch offsets.
-_OPERANDS = {
+OPERANDS = {
     "q": ("head", "row", "dim"),
     "k": ("head", "row", "dim"),
     "v": ("head", "row", "dim"),
@@ -47,6 +47,7 @@ _SCRATCH = (
     "seen_values", "seen", "keep_k", "keep_v", "row_queries", "row_output", "row_max",
     "row_sum", "alpha", "factor", "check", "q_rows", "out_rows", "mask_rows", "bias_rows",
     "low", "high", "position", "row", "head", "slope", "bounds", "bad", "exact", "partial",
+    "softcap_slope",
 )  # fmt: skip
 
 _INTEGERS = [
@@ -79,7 +80,7 @@ _INTEGERS = [
     "head_dim_v",
     *(
         f"{name}{field}"
-        for name, strides in _OPERANDS.items()
+        for name, strides in OPERANDS.items()
         for field in ("", *(f"_{axis}" for axis in strides), "_offsets")
     ),
     "lse",  # accumulator type, contiguous (batch, head, row); 0 if not wanted
@@ -181,7 +182,7 @@ class Template:
         for name, table in zip(_LENGTH_NAMES, self._length_tables(lengths), strict=True):
             self._table(name, table)
         _lower_work(problem, tile, self.record)
-        _lower_scores(problem, self.record)
+        lower_scores(problem, self.record)
         _lower_scratch(tile, self.record)
         self.scratch_bytes = int(self.record["scratch_bytes"])
         self.items = int(self.record["items"])
@@ -244,9 +245,9 @@ class Template:
         strides = {"out": out_strides(problem)}
         strides |= {name: array.strides for name, array in operands.items() if array is not None}
         for name, steps in strides.items():
-            for axis, stride in zip(_OPERANDS[name], steps[-3:], strict=True):
+            for axis, stride in zip(OPERANDS[name], steps[-3:], strict=True):
                 self.record[f"{name}_{axis}"] = stride
-            self._table(f"{name}_offsets", _batch_offsets(problem.batch_shape, steps))
+            self._table(f"{name}_offsets", batch_offsets(problem.batch_shape, steps))
         for name in ("num_heads", "group_size", "seqlen_q", "seqlen_k", "head_dim", "head_dim_v"):
             self.record[name] = getattr(problem, name)
         if problem.bias is not None:
@@ -274,7 +275,7 @@ def out_strides(problem: AttentionProblem) -> tuple[int, ...]:
     return tuple(strides)
 
 
-def _batch_offsets(batch_shape: tuple[int, ...], strides: tuple[int, ...]) -> NDArray[np.int64]:
+def batch_offsets(batch_shape: tuple[int, ...], strides: tuple[int, ...]) -> NDArray[np.int64]:
     """Bytes from the first batch item to each, flat in C order."""
     offsets = np.zeros(1, np.int64)
     for length, stride in zip(batch_shape, strides[: len(batch_shape)], strict=True):
@@ -282,10 +283,10 @@ def _batch_offsets(batch_shape: tuple[int, ...], strides: tuple[int, ...]) -> ND
     return offsets
 
 
-def _lower_scores(problem: AttentionProblem, record: NDArray[Any]) -> None:
+def lower_scores(problem: AttentionProblem, record: NDArray[Any]) -> None:
     """Units of the scores, softcap and dropout."""
     scale = problem.scale
-    natural = _in_natural_units(problem, bool(record["few_rows"]))
+    natural = in_natural_units(problem, bool(record["few_rows"]))
     # A factor near the ends of the type's range would lose bits or overflow on its own. Nobody
     # means it, but it has an exact answer.
     exponent = 100 if problem.accumulator == np.float32 else 900
@@ -311,7 +312,7 @@ def groups_of(problem: AttentionProblem) -> list[str]:
         "common": True,
         "rows": few,
         "panels": not few,
-        "passes": _in_natural_units(problem, few),
+        "passes": in_natural_units(problem, few),
         "mask": problem.mask is not None,
         "dropout": problem.dropout_p > 0.0,
     }
@@ -328,7 +329,7 @@ def _widest_tile(problem: AttentionProblem) -> Tile:
     return tile_for(STORAGE_NAME[problem.dtype], STORAGE_NAME[problem.out_dtype])
 
 
-def _in_natural_units(problem: AttentionProblem, few: bool) -> bool:
+def in_natural_units(problem: AttentionProblem, few: bool) -> bool:
     """Whether scores take passes in natural units; few rows are not packed, which takes a sign."""
     options = (problem.softcap, problem.bias, problem.alibi_slopes)
     return any(option is not None for option in options) or (few and problem.scale <= 0.0)
@@ -417,6 +418,7 @@ def _lower_scratch(tile: Tile, record: NDArray[Any]) -> None:
         "bounds": 4 * 8 * panels,
         "exact": 4 * 8 * head_dim_v,
         "partial": int(record["partial_bytes"]),
+        "softcap_slope": 0,  # the backward pass has it
     }
     at = 0
     for name in _SCRATCH:

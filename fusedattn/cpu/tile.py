@@ -98,6 +98,14 @@ class Tile:
         """Query rows per panel."""
         return self.width * self.vectors
 
+    @property
+    def product_rows(self) -> tuple[int, ...]:
+        """Keys per register tile of a product over queries, for tiles of 1, 2, ... vectors.
+
+        There the lanes lie along the head dim, so the tiles do not depend on the panel.
+        """
+        return {64: (8, 8, 8, 6), 32: (6, 6), 16: (6, 6, 6)}[self.width * self.real_bytes]
+
     def takes_few(self, seqlen_q: int, head_dim: int, head_dim_v: int) -> bool:
         """Whether the products for few rows serve: lanes along the head dim, memory in order."""
         whole_vectors = min(head_dim, head_dim_v) >= self.width >= ROWS_TOGETHER

@@ -22,17 +22,16 @@ from __future__ import annotations
 from llvmlite import ir
 
 from fusedattn.cpu.micro.base import LOG2_E
-from fusedattn.cpu.micro.copies import Copies
-from fusedattn.cpu.micro.dropout import Dropout
+from fusedattn.cpu.micro.bias_gradients import BiasGradients
+from fusedattn.cpu.micro.gradients import GradientRows, Gradients
 from fusedattn.cpu.micro.panels import Panels
 from fusedattn.cpu.micro.passes import Passes
 from fusedattn.cpu.micro.rows import Rows
-from fusedattn.cpu.micro.softmax import UNSEEN, Softmax
-from fusedattn.cpu.micro.transposed import Transposed
+from fusedattn.cpu.micro.softmax import UNSEEN
 from fusedattn.cpu.simd import define
 from fusedattn.cpu.tile import Tile
 
-__all__ = ["GROUPS", "LOG2_E", "SIGNATURES", "UNSEEN", "emit_module"]
+__all__ = ["BACKWARD_GROUPS", "GROUPS", "LOG2_E", "SIGNATURES", "UNSEEN", "emit_module"]
 
 # Arguments of each micro-kernel, see `define` and the methods of the classes for their names. Every
 # address points to rows of ``tile.lanes`` elements on a cache line, or to the caller's own memory.
@@ -71,16 +70,35 @@ GROUPS = {
     },
     "dropout": {"drop": "iiiiiiii>"},
 }
-SIGNATURES = {name: letters for group in GROUPS.values() for name, letters in group.items()}
+# Those of the backward pass, which uses most of the others again.
+BACKWARD_GROUPS = {
+    "gradients": {
+        "differentiate": "iiifiiii>",
+        "products": "iiiiiiii>",
+        "pack_d_out": "iiiif>",
+        "stage_d_out": "iiiiiiii>",
+        "dot_out": "iiiii>f",
+        "unpack_d_q": "iiiiii>",
+        "write_rows": "iiiiiiifi>",
+    },
+    "softcap_gradients": {"softcap_slope": "iifi>", "bend": "iii>"},
+    "dropout_gradients": {
+        "keep_tile": "iiiiiiiif>",
+        "differentiate_dropped": "iiifiiii>",
+    },
+    "bias_gradients": {"sum_keys": "iii>", "sum_lanes": "iiiii>", "add_rows": "iiiii>"},
+}
+_GROUPS = GROUPS | BACKWARD_GROUPS
+SIGNATURES = {name: letters for group in _GROUPS.values() for name, letters in group.items()}
 
 
-class _All(Panels, Rows, Softmax, Passes, Dropout, Transposed, Copies):
+class _All(Panels, Rows, Gradients, BiasGradients, Passes, GradientRows):
     """Every micro-kernel under its name."""
 
 
 def emit_module(tile: Tile, group: str) -> ir.Module:
     """Return the module with one group of micro-kernels for a tile shape."""
     module, writer = ir.Module(name=f"fusedattn_{group}"), _All(tile)
-    for name, signature in GROUPS[group].items():
+    for name, signature in _GROUPS[group].items():
         define(module, name, signature, getattr(writer, name), tile.bits, tile.width)
     return module

@@ -71,20 +71,29 @@ class Kernels:
         return build.bitcast(power, e.vec), fraction
 
     def _register_tile(
-        self, e: Emitter, rows: list[ir.Value], step: ir.Value, b: ir.Value, n: ir.Value
+        self,
+        e: Emitter,
+        rows: list[ir.Value],
+        step: ir.Value,
+        b: ir.Value,
+        n: ir.Value,
+        elsewhere: tuple[ir.Value, int] | None = None,
     ) -> list[list[ir.Value]]:
         """``sum_k a[m][k] * b[k][lane]`` for a handful of rows m: one FMA chain per accumulator.
 
         ``rows`` are byte pointers to a[m][0]; ``step`` is the distance of a[m][k] and a[m][k+1].
+        ``elsewhere`` is the distance of b's rows and how many vectors of each to take, where b is
+        no panel.
         """
-        build, vectors = e.builder, self.tile.vectors
+        build, align = e.builder, 1 if elsewhere else self.align
+        b_stride, vectors = elsewhere or (I64(self.row_bytes), self.tile.vectors)
         sums = [[e.variable(e.splat_const(0.0)) for _ in range(vectors)] for _ in rows]
         panel = e.pointer(b)
 
         def multiply(k: ir.Value) -> None:
-            at = build.mul(k, I64(self.row_bytes))
+            at = build.mul(k, b_stride)
             panel_row = [
-                e.load_at(panel, build.add(at, I64(v * self.vector_bytes)), e.vec, self.align)
+                e.load_at(panel, build.add(at, I64(v * self.vector_bytes)), e.vec, align)
                 for v in range(vectors)
             ]
             for m, row in enumerate(rows):

@@ -49,7 +49,10 @@ class Copies(Kernels):
 
     def dot(self, e: Emitter, left, left_step, right, right_step, n) -> ir.Value:
         """A dot product in float64, four chains wide: for rows that need the exact path."""
-        build, storage = e.builder, self.tile.storage
+        return self._dot(e, self.tile.storage, left, left_step, right, right_step, n)
+
+    def _dot(self, e: Emitter, storage, left, left_step, right, right_step, n) -> ir.Value:
+        build = e.builder
         exact = Emitter(build, 64, 1)
         sums = [e.variable(ir.Constant(DOUBLE, 0.0)) for _ in range(4)]
 

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from llvmlite import ir
 
 from fusedattn.cpu.micro.base import Kernels
@@ -20,6 +22,17 @@ class Dropout(Kernels):
         Counter words (key // 4, row, head, batch), key words the seed, low word first.
         The formula of `fusedattn.philox`, a vector of rows at a time.
         """
+
+        def change(kept: ir.Value, row: ir.Value, v: int) -> None:
+            weight = self._load(e, row, v)
+            self._store(e, e.builder.select(kept, weight, e.splat_const(0.0)), row, v)
+
+        self._draw(e, s, n, first_key, threshold, seed, rows, heads, batch, change)
+
+    def _draw(
+        self, e: Emitter, s, n, first_key, threshold, seed, rows, heads, batch, change: Any
+    ) -> None:
+        """Call ``change(kept, row, vector index)`` for every vector of a tile."""
         build = e.builder
         bound = e.splat(build.trunc(threshold, I32))
         row_words, head_words = (self._vectors(e, table, e.i32vec) for table in (rows, heads))
@@ -44,10 +57,7 @@ class Dropout(Kernels):
                     with build.if_then(inside):
                         at = e.offset(s, build.sub(key, first_key), self.row_bytes)
                         row = e.pointer(at)
-                        kept = build.icmp_unsigned(">=", random, bound)
-                        weight = self._load(e, row, v)
-                        kept_weight = build.select(kept, weight, e.splat_const(0.0))
-                        self._store(e, kept_weight, row, v)
+                        change(build.icmp_unsigned(">=", random, bound), row, v)
 
     def _philox(self, e: Emitter, counter: list[ir.Value], seed: ir.Value) -> list[ir.Value]:
         build, wide = e.builder, ir.VectorType(I64, self.tile.width)

@@ -51,7 +51,10 @@ class Transposed(Kernels):
         ``check[lane]`` becomes 0 if every element of the row is finite and NaN otherwise. Adding
         +0 turns -0 into +0: whether a hidden tile was skipped must not show in a sign of zero.
         """
-        build, width, storage = e.builder, self.tile.width, self.tile.out_storage
+        self._unpack(e, self.tile.out_storage, o, factor, table, step, columns, check)
+
+    def _unpack(self, e: Emitter, storage, o, factor, table, step, columns, check) -> None:
+        build, width = e.builder, self.tile.width
         zero = e.splat_const(0.0)
         blocks = self._blocks(e, columns, step, storage)
         done = build.mul(blocks, I64(width))

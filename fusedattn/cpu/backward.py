@@ -1,0 +1,546 @@
+"""The backward pass: the macro loops around the micro-kernels.
+
+Weights are recomputed, never stored. First every panel of rows gets its *panel block* (lane tables,
+packed queries and d_out, ``delta = rowsum(d_out * out) - d_lse``, a sum of d_q that begins at 0).
+Then one item is (block of keys, batch item, KV head): it walks the panels of all query heads that
+read this KV head, and for each tile
+
+    P = weights of the scores        dP = V d_out^T        dS = P * (dP - delta)
+    dV += P d_out                    dK += dS Q            dQ^T += K^T dS
+
+The sums of dK and dV stay in the item's own memory until it ends. Those of dQ belong to all items
+of a KV head: an item adds to a panel only after the item of the keys before has, so every sum has
+one order, whatever the number of threads. Items are handed out in the order of their keys, one head
+after the other, so what an item waits for has begun before it, and mostly ended.
+
+A row of dQ, dK or dV that ends non-finite is marked; `fusedattn.cpu.backward_rescue` looks at it.
+
+Source: FlashAttention-2 (arXiv:2307.08691), algorithm 2, whose dQ is summed by atomics instead.
+
+Throughout, ``p`` is the parameter record, ``w`` the address of the thread's working memory and
+``t`` that of a panel block.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from fusedattn.cpu.backward_params import (
+    EACH_ENTRY,
+    NO_BIAS,
+    PREPARED,
+    SUM_OVER_KEYS,
+    SUM_OVER_ROWS,
+    backward_at,
+)
+from fusedattn.cpu.forward import (
+    ALL_SEEN,
+    COUNTER,
+    EACH_KEY_SEEN,
+    LN_2,
+    NONE_SEEN,
+    SOME_SEEN,
+    accumulate,
+    clear,
+    copy,
+    fill_lanes,
+    hide_masked,
+    hide_outside,
+    mask_tile,
+    natural_units,
+    pack,
+    scores,
+    stage,
+    weights,
+)
+from fusedattn.cpu.memory import (
+    add_atomic,
+    get_acquire,
+    get_atomic,
+    get_f64,
+    get_i32,
+    get_i64,
+    get_real,
+    get_u8,
+    kernel,
+    larger,
+    round_real,
+    set_f64,
+    set_i64,
+    set_real,
+    set_release,
+    set_u8,
+    smaller,
+)
+from fusedattn.cpu.micro import BACKWARD_GROUPS, LOG2_E
+from fusedattn.cpu.params import STOP
+from fusedattn.cpu.simd import native
+
+_call = {
+    name: native(signature)
+    for group in BACKWARD_GROUPS.values()
+    for name, signature in group.items()
+}
+differentiate = _call["differentiate"]
+products = _call["products"]
+pack_d_out = _call["pack_d_out"]
+stage_d_out = _call["stage_d_out"]
+dot_out = _call["dot_out"]
+unpack_d_q = _call["unpack_d_q"]
+write_rows = _call["write_rows"]
+bend = _call["bend"]
+keep_tile = _call["keep_tile"]
+sum_keys = _call["sum_keys"]
+sum_lanes = _call["sum_lanes"]
+add_rows = _call["add_rows"]
+let_others_run = native(">")
+
+# Looks at a counter before the thread lets others run.
+PATIENCE = 256
+
+
+@kernel("iii>b")
+def wait_until(params, address, least):
+    """Return when the counter at an address has come so far; False if told to stop."""
+    p = backward_at(params)
+    looks = 0
+    while get_acquire(address) < least:
+        if get_atomic(params + COUNTER) >= STOP:
+            return False
+        looks += 1
+        if looks > PATIENCE and p.run_yield:
+            let_others_run(p.run_yield)
+    return True
+
+
+@kernel("iiii>")
+def row_tables(params, t, batch, lane):
+    """Lane tables of the backward pass alone: addresses of the rows of d_out, d_q and d_bias."""
+    p = backward_at(params)
+    row, head = get_i32(t + p.at_row, lane), get_i32(t + p.at_head, lane)
+    d_out = p.d_out + get_i64(p.d_out_offsets, batch)
+    set_i64(t + p.at_d_out_rows, lane, d_out + head * p.d_out_head + row * p.d_out_row)
+    d_q = p.d_q + get_i64(p.d_q_offsets, batch)
+    set_i64(t + p.at_d_q_rows, lane, d_q + head * p.d_q_head + row * p.d_q_row)
+    if p.bias_kind == EACH_ENTRY:
+        d_bias = p.d_bias + get_i64(p.d_bias_offsets, batch)
+        set_i64(t + p.at_d_bias_rows, lane, d_bias + head * p.d_bias_head + row * p.d_bias_row)
+
+
+@kernel("iiiiiii>")
+def prepare_panel(params, w, t, batch, head, row, count):
+    """Fill the panel block of ``count`` rows from (head, row) on, all but the sum of d_q."""
+    p = backward_at(params)
+    fill_lanes(params, t, batch, head, row, count, 1)
+    size, lanes = p.real_bytes, p.lanes
+    num_heads, seqlen_q = p.num_heads, p.seqlen_q
+    used_q = get_i64(p.seqused_q, batch)
+    rows, heads = t + p.at_row, t + p.at_head
+    lows, highs = t + p.at_low, t + p.at_high
+    whole, coarse = p.rows_in_place, 0
+    if get_i32(heads, 0) != get_i32(heads, count - 1):
+        whole = 0
+    for lane in range(lanes):
+        row, head = get_i32(rows, lane), get_i32(heads, lane)
+        place = (batch * num_heads + head) * seqlen_q + row
+        row_tables(params, t, batch, lane)
+        lse = get_real(p.lse, place, size)
+        counts = get_i32(lows, lane) < get_i32(highs, lane) and lse != -math.inf
+        set_u8(t + p.at_keep_rows, lane, 1 if counts else 0)
+        delta, shift, factor = 0.0, 0.0, 0.0
+        if counts:
+            left, right = get_i64(t + p.at_d_out_rows, lane), get_i64(t + p.at_out_rows, lane)
+            delta = dot_out(p.run_dot_out, left, p.d_out_dim, right, p.out_dim, p.head_dim_v)
+        elif lane < count:
+            whole = 0
+        if p.d_lse and lse != -math.inf:
+            delta -= get_real(p.d_lse, place, size)
+        set_real(t + p.at_delta, lane, size, delta)
+        if lse != -math.inf:
+            lse_log2 = lse * LOG2_E
+            shift, factor = round_real(lse_log2, size), 1.0
+            if not abs(lse_log2) >= p.exact_shift:
+                shift = np.floor(lse_log2)
+                factor = 2.0 ** (shift - lse_log2)
+            if abs(lse) > p.coarse_lse:
+                coarse = 1
+        set_real(t + p.at_shift, lane, size, shift)
+        set_real(t + p.at_factor, lane, size, factor)
+        if p.sinks and lane < count:
+            share, sink = 0.0, get_f64(p.sinks, head)
+            if row < used_q and sink != -math.inf:
+                share = -(2.0 ** (sink * LOG2_E - shift) * factor) * delta
+            set_f64(p.sink_shares, place, share)
+    set_i64(t + p.at_counts, 0, count)
+    set_i64(t + p.at_counts, 1, whole)
+    head_dim, head_dim_v = p.head_dim, p.head_dim_v
+    queries, d_out = t + p.at_queries, t + p.at_packed_d_out
+    pack(p.run_pack, queries, t + p.at_q_rows, p.q_dim, head_dim, p.query_sign)
+    pack_d_out(p.run_pack_d_out, d_out, t + p.at_d_out_rows, p.d_out_dim, head_dim_v, 1.0)
+    if coarse:
+        weigh_anew(params, w, t, batch, get_i32(heads, 0) // p.group_size, count)
+
+
+@kernel("iiiiii>")
+def weigh_anew(params, w, t, batch, kv_head, count):
+    """Recompute maximum and sum of the rows whose lse is too coarse to give their weights.
+
+    The stored lse may be that of more keys than these. It is then not what comes out here, and
+    stands.
+    """
+    p = backward_at(params)
+    size, block_k, lanes = p.real_bytes, p.block_k, p.lanes
+    for lane in range(lanes):
+        set_real(w + p.at_row_max, lane, size, p.unseen)
+    clear(w + p.at_row_sum, lanes * size)
+    low, high = get_i64(t + p.at_bounds, 0), get_i64(t + p.at_bounds, 1)
+    k = p.k + get_i64(p.k_offsets, batch)
+    k += kv_head * p.k_head
+    block = low // block_k * block_k
+    while block < high:
+        if get_atomic(params + COUNTER) >= STOP:
+            return
+        first, last = larger(block, low), smaller(block + block_k, high)
+        keys, stride, n = k + first * p.k_row, p.k_row, last - first
+        if p.stage_k:
+            copied = w + p.at_keys
+            stage(p.run_stage, copied, p.keys_stride, keys, stride, p.k_dim, n, p.head_dim, 0)
+            keys, stride = copied, p.keys_stride
+        if scores_of_tile(params, w, t, first, n, keys, stride) & 3 != NONE_SEEN:
+            maxima, sums = w + p.at_row_max, w + p.at_row_sum
+            s, alpha = w + p.at_scores_tile, w + p.at_alpha
+            weights(p.run_weights, s, n, p.to_log2, maxima, alpha, sums)
+        block += block_k
+    used_q = get_i64(p.seqused_q, batch)
+    for lane in range(count):
+        row, head = get_i32(t + p.at_row, lane), get_i32(t + p.at_head, lane)
+        place = (batch * p.num_heads + head) * p.seqlen_q + row
+        stored = get_real(p.lse, place, size)
+        if not abs(stored) > p.coarse_lse:
+            continue
+        shift = get_real(w + p.at_row_max, lane, size)
+        total = get_real(w + p.at_row_sum, lane, size)
+        of_sink, sink = 0.0, -math.inf
+        if p.sinks and row < used_q:
+            sink = get_f64(p.sinks, head)
+        lse = (shift + math.log2(total)) * LN_2
+        if sink != -math.inf:
+            of_sink = 1.0 / (1.0 + total * 2.0 ** (shift - sink * LOG2_E))
+            total += 2.0 ** (sink * LOG2_E - shift)
+            lse = (shift + math.log2(total)) * LN_2 if of_sink < 0.5 else sink - math.log(of_sink)
+        if abs(lse - stored) <= 2.0 * p.roundoff * abs(stored):
+            set_real(t + p.at_shift, lane, size, shift)
+            set_real(t + p.at_factor, lane, size, 1.0 / total)
+            if p.sinks:
+                share = -of_sink * get_real(t + p.at_delta, lane, size)
+                set_f64(p.sink_shares, place, share)
+
+
+@kernel("iiiiiii>i")
+def scores_of_tile(params, w, t, first_key, n, keys, stride):
+    """Scores of ``n`` keys from ``first_key`` on, hidden where a row does not see them.
+
+    Returns which entries the dense mask shows, as `mask_tile` does.
+    """
+    p = backward_at(params)
+    s, found = w + p.at_scores_tile, ALL_SEEN + EACH_KEY_SEEN
+    if p.mask:
+        tile_at, table = w + p.at_mask_tile, t + p.at_mask_rows
+        offset, step = first_key * p.mask_key, p.mask_key
+        found = mask_tile(p.run_mask_tile, tile_at, table, offset, step, n, w + p.at_seen)
+        if found & 3 == NONE_SEEN:
+            return found
+    scores(p.run_scores, keys, stride, n, t + p.at_queries, s, p.head_dim)
+    if p.natural_units:
+        natural_units(params, w, t, 0, first_key, n)
+    last_low, first_high = get_i64(t + p.at_bounds, 2), get_i64(t + p.at_bounds, 3)
+    if last_low > first_key or first_high < first_key + n:
+        lows, highs = t + p.at_low, t + p.at_high
+        hide_outside(p.run_hide_outside, s, n, first_key, lows, highs)
+    if found & 3 == SOME_SEEN:
+        hide_masked(p.run_hide_masked, s, n, w + p.at_mask_tile)
+    return found
+
+
+@kernel("iiiiiiiiii>i")
+def differentiate_tile(params, w, t, batch, first_key, n, keys, k_stride, values, v_stride):
+    """Put weights into the tile of scores, and gradients of scores into theirs.
+
+    Returns what `scores_of_tile` does.
+    """
+    p = backward_at(params)
+    found = scores_of_tile(params, w, t, first_key, n, keys, k_stride)
+    if found & 3 == NONE_SEEN:
+        return found
+    s, d_scores, keep = w + p.at_scores_tile, w + p.at_d_scores_tile, w + p.at_keep_tile
+    scores(p.run_scores, values, v_stride, n, t + p.at_packed_d_out, d_scores, p.head_dim_v)
+    run = p.run_differentiate
+    if p.dropout:
+        run = p.run_differentiate_dropped
+        rows, heads, run_keep = t + p.at_row, t + p.at_head, p.run_keep_tile
+        threshold, seed, scale = p.threshold, p.seed, p.keep_scale
+        keep_tile(run_keep, keep, n, first_key, threshold, seed, rows, heads, batch, scale)
+    shift, factor, delta = t + p.at_shift, t + p.at_factor, t + p.at_delta
+    differentiate(run, s, d_scores, n, p.to_log2, shift, factor, delta, keep)
+    return found
+
+
+@kernel("iiiii>")
+def stage_rows(params, w, t, keep_q, keep_d_out):
+    """Copy the panel's rows of q and d_out as reals; those whose byte is 0 become 0."""
+    p = backward_at(params)
+    count, heads = get_i64(t + p.at_counts, 0), t + p.at_head
+    q_stride, d_out_stride = p.staged_q_stride, p.staged_d_out_stride
+    first = 0
+    while first < count:  # rows of one head at a time
+        last = first + 1
+        while last < count and get_i32(heads, last) == get_i32(heads, first):
+            last += 1
+        n, to = last - first, w + p.at_staged_q + first * q_stride
+        rows, keep = get_i64(t + p.at_q_rows, first), keep_q + first
+        stage(p.run_stage, to, q_stride, rows, p.q_row, p.q_dim, n, p.head_dim, keep)
+        to = w + p.at_staged_d_out + first * d_out_stride
+        rows, keep = get_i64(t + p.at_d_out_rows, first), keep_d_out + first
+        run, stride, step = p.run_stage_d_out, p.d_out_row, p.d_out_dim
+        stage_d_out(run, to, d_out_stride, rows, stride, step, n, p.head_dim_v, keep)
+        first = last
+
+
+@kernel("iiiiiiiii>b")
+def sum_tile(params, w, t, index, panel, batch, first_key, n, in_block):
+    """Add a tile's share to the sums of the item, and to d_bias. False if told to stop.
+
+    ``in_block`` is the first key's place in the block. Leaves the gradients of the raw scores.
+    """
+    p = backward_at(params)
+    count = get_i64(t + p.at_counts, 0)
+    q, q_stride = get_i64(t + p.at_q_rows, 0), p.q_row
+    d_out, d_out_stride = get_i64(t + p.at_d_out_rows, 0), p.d_out_row
+    if not get_i64(t + p.at_counts, 1):
+        keep = t + p.at_keep_rows
+        stage_rows(params, w, t, keep, keep)
+        q, q_stride = w + p.at_staged_q, p.staged_q_stride
+        d_out, d_out_stride = w + p.at_staged_d_out, p.staged_d_out_stride
+    s, d_scores = w + p.at_scores_tile, w + p.at_d_scores_tile
+    to, stride = w + p.at_sum_d_v + in_block * p.sum_d_v_stride, p.sum_d_v_stride
+    products(p.run_products, s, n, d_out, d_out_stride, count, to, stride, p.value_vectors)
+    if p.bias_kind != NO_BIAS:
+        if p.bias_kind != SUM_OVER_ROWS and not wait_for_turn(params, index, panel):
+            return False
+        add_bias(params, w, t, batch, first_key, n)
+    if p.softcap > 0.0:
+        bend(p.run_bend, d_scores, n, w + p.at_softcap_slope)
+    to, stride = w + p.at_sum_d_k + in_block * p.sum_d_k_stride, p.sum_d_k_stride
+    products(p.run_products, d_scores, n, q, q_stride, count, to, stride, p.query_vectors)
+    return True
+
+
+@kernel("iiiiii>")
+def add_bias(params, w, t, batch, first_key, n):
+    """Add a tile of gradients of scores to the gradient of the bias."""
+    p = backward_at(params)
+    d_scores, count = w + p.at_d_scores_tile, get_i64(t + p.at_counts, 0)
+    if p.bias_kind == EACH_ENTRY:
+        table, offset = t + p.at_d_bias_rows, first_key * p.d_bias_key
+        add_rows(p.run_add_rows, d_scores, n, table, offset, count)
+    elif p.bias_kind == SUM_OVER_KEYS:
+        sum_keys(p.run_sum_keys, d_scores, n, t + p.at_bias_sums)
+    else:
+        heads, first = t + p.at_head, 0
+        while first < count:
+            head, last = get_i32(heads, first), first + 1
+            while last < count and get_i32(heads, last) == head:
+                last += 1
+            place = (batch * p.num_heads + head) * p.seqlen_k + first_key
+            to = p.bias_sums + place * p.real_bytes
+            sum_lanes(p.run_sum_lanes, d_scores, n, first, last, to)
+            first = last
+
+
+@kernel("iii>b")
+def wait_for_turn(params, index, panel):
+    """Wait until the items whose share comes first have passed the panel; False if told to stop.
+
+    They are the item of the same KV head and the keys before, and, where several heads or batch
+    items share a bias, the item just before this one.
+    """
+    p = backward_at(params)
+    heads = p.prepare_items // p.panels
+    if index >= heads and not wait_until(params, p.progress + 8 * (index - heads), panel + 1):
+        return False
+    if p.bias_in_turn and index % heads:
+        return wait_until(params, p.progress + 8 * (index - 1), panel + 1)
+    return True
+
+
+@kernel("iii>")
+def write_d_q(params, w, t):
+    """Write the finished rows of a panel, and mark those that are not finite."""
+    p = backward_at(params)
+    check, size = w + p.at_check, p.real_bytes
+    rows, step = t + p.at_d_q_rows, p.d_q_dim
+    unpack_d_q(p.run_unpack_d_q, t + p.at_sum_d_q, w + p.at_scales, rows, step, p.head_dim, check)
+
+
+@kernel("iiii>")
+def finish_panel(params, w, t, batch):
+    """Write what the last block of keys has completed."""
+    p = backward_at(params)
+    write_d_q(params, w, t)
+    size = p.real_bytes
+    for lane in range(get_i64(t + p.at_counts, 0)):
+        row, head = get_i32(t + p.at_row, lane), get_i32(t + p.at_head, lane)
+        place = (batch * p.num_heads + head) * p.seqlen_q + row
+        if get_real(w + p.at_check, lane, size) != 0.0:
+            set_u8(p.bad_rows, place, 1)
+        if p.bias_kind == SUM_OVER_KEYS:
+            set_real(p.bias_sums, place, size, get_real(t + p.at_bias_sums, lane, size))
+
+
+@kernel("iiiiiiii>")
+def add_to_d_q(params, w, t, first_key, n, keys, k_stride, each_key_seen):
+    """Add a tile's share to the panel's sum of d_q."""
+    p = backward_at(params)
+    head_dim, d_scores = p.head_dim, w + p.at_d_scores_tile
+    if not each_key_seen:
+        # What no row of the panel may see may hold anything: it is not even multiplied by 0.
+        target, stride, keep = w + p.at_seen_keys, p.keys_stride, w + p.at_seen
+        copy(p.run_copy, target, stride, keys, k_stride, p.real_bytes, n, head_dim, keep)
+        keys, k_stride = target, stride
+    total, ones = t + p.at_sum_d_q, w + p.at_ones
+    accumulate(p.run_accumulate, keys, k_stride, n, d_scores, total, head_dim, ones)
+
+
+@kernel("iiiiii>")
+def begin_block(params, w, batch, kv_head, begin, end):
+    """Copy keys and values where they cannot be read as they lie, and begin their sums at 0."""
+    p = backward_at(params)
+    n = end - begin
+    if p.stage_k:
+        keys = p.k + get_i64(p.k_offsets, batch)
+        keys += kv_head * p.k_head + begin * p.k_row
+        to, stride = w + p.at_keys, p.keys_stride
+        stage(p.run_stage, to, stride, keys, p.k_row, p.k_dim, n, p.head_dim, 0)
+    if p.stage_v:
+        values = p.v + get_i64(p.v_offsets, batch)
+        values += kv_head * p.v_head + begin * p.v_row
+        to, stride = w + p.at_values, p.values_stride
+        stage(p.run_stage, to, stride, values, p.v_row, p.v_dim, n, p.head_dim_v, 0)
+    clear(w + p.at_sum_d_k, n * p.sum_d_k_stride)
+    clear(w + p.at_sum_d_v, n * p.sum_d_v_stride)
+
+
+@kernel("iiiiii>")
+def finish_block(params, w, batch, kv_head, begin, end):
+    """Write the gradients of a block of keys, and mark those that are not finite."""
+    p = backward_at(params)
+    n, bad = end - begin, w + p.at_bad
+    d_k = p.d_k + get_i64(p.d_k_offsets, batch)
+    d_k += kv_head * p.d_k_head + begin * p.d_k_row
+    d_v = p.d_v + get_i64(p.d_v_offsets, batch)
+    d_v += kv_head * p.d_v_head + begin * p.d_v_row
+    place = (batch * p.num_heads_kv + kv_head) * p.seqlen_k + begin
+    run, total, stride = p.run_write_rows, w + p.at_sum_d_k, p.sum_d_k_stride
+    write_rows(run, d_k, p.d_k_row, p.d_k_dim, total, stride, n, p.head_dim, p.scale, bad)
+    for j in range(n):
+        if get_u8(bad, j):
+            set_u8(p.bad_keys, place + j, 1)
+    total, stride = w + p.at_sum_d_v, p.sum_d_v_stride
+    write_rows(run, d_v, p.d_v_row, p.d_v_dim, total, stride, n, p.head_dim_v, 1.0, bad)
+    for j in range(n):
+        if get_u8(bad, j):
+            set_u8(p.bad_keys, place + j, 1)
+
+
+@kernel("iii>b")
+def walk(params, w, index):
+    """One block of keys against all panels of the heads that read it. False if told to stop."""
+    p = backward_at(params)
+    panels, kv_heads, block_k = p.panels, p.num_heads_kv, p.block_k
+    heads = p.prepare_items // panels
+    block, batch, kv_head = index // heads, index % heads // kv_heads, index % kv_heads
+    begin, end = block * block_k, smaller((block + 1) * block_k, p.seqlen_k)
+    keys, k_stride = w + p.at_keys, p.keys_stride
+    values, v_stride = w + p.at_values, p.values_stride
+    if not p.stage_k:
+        keys, k_stride = p.k + get_i64(p.k_offsets, batch), p.k_row
+        keys += kv_head * p.k_head + begin * k_stride
+    if not p.stage_v:
+        values, v_stride = p.v + get_i64(p.v_offsets, batch), p.v_row
+        values += kv_head * p.v_head + begin * v_stride
+    begun = False
+    for panel in range(panels):
+        if get_atomic(params + COUNTER) >= STOP:
+            return False
+        t = p.panels_at + (index % heads * panels + panel) * p.panel_bytes
+        last_key = get_i64(t + p.at_bounds, 1)
+        first, last = larger(begin, get_i64(t + p.at_bounds, 0)), smaller(end, last_key)
+        found, n, at_k = NONE_SEEN, last - first, keys + (first - begin) * k_stride
+        if n > 0:
+            if not begun:
+                begin_block(params, w, batch, kv_head, begin, end)
+                begun = True
+            at_v = values + (first - begin) * v_stride
+            found = differentiate_tile(
+                params, w, t, batch, first, n, at_k, k_stride, at_v, v_stride
+            )
+        if found & 3 != NONE_SEEN and not sum_tile(
+            params, w, t, index, panel, batch, first, n, first - begin
+        ):
+            return False
+        if not wait_for_turn(params, index, panel):
+            return False
+        if found & 3 != NONE_SEEN:
+            add_to_d_q(params, w, t, first, n, at_k, k_stride, found >= EACH_KEY_SEEN)
+        if n > 0 and last == last_key:
+            finish_panel(params, w, t, batch)
+        set_release(p.progress + 8 * index, panel + 1)
+    if begun:
+        finish_block(params, w, batch, kv_head, begin, end)
+    return True
+
+
+@kernel("iii>")
+def prepare(params, w, item):
+    """Fill one panel block of the call."""
+    p = backward_at(params)
+    lanes, seqlen_q = p.lanes, p.seqlen_q
+    item_of_head, panel = item // p.panels, item % p.panels
+    batch, kv_head = item_of_head // p.num_heads_kv, item_of_head % p.num_heads_kv
+    row = panel * lanes
+    count = smaller(lanes, p.group_size * seqlen_q - row)
+    head = kv_head * p.group_size + row // seqlen_q
+    t = p.panels_at + item * p.panel_bytes
+    prepare_panel(params, w, t, batch, head, row % seqlen_q, count)
+
+
+@kernel("ii>")
+def fill_constants(params, w):
+    """Rows of lanes that hold one number."""
+    p = backward_at(params)
+    for lane in range(p.lanes):
+        set_real(w + p.at_ones, lane, p.real_bytes, 1.0)
+        set_real(w + p.at_scales, lane, p.real_bytes, p.scale)
+
+
+def backward_worker(params, scratch):
+    """Take items until none are left: panels to prepare, then blocks of keys to walk."""
+    p = backward_at(params)
+    fill_constants(params, scratch)
+    counter, items, panels = params + COUNTER, p.items, p.prepare_items
+    item = add_atomic(counter, 1)
+    while item < panels:
+        prepare(params, scratch, item)
+        add_atomic(params + PREPARED, 1)
+        item = add_atomic(counter, 1)
+    if item >= items or not wait_until(params, params + PREPARED, panels):
+        return 0
+    while item < items:
+        if not walk(params, scratch, item - panels):
+            break
+        item = add_atomic(counter, 1)
+    return 0
