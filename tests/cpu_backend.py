@@ -8,6 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from fusedattn import attention, attention_backward
 from fusedattn.cpu import tile
 from fusedattn.cpu.backend import CPU
 from fusedattn.problem import make_problem
@@ -38,6 +39,30 @@ def kernel_on(isa, dtypes=DTYPES):
     return Kernel(attention_on(isa), supports=EVERYTHING, dtypes=dtypes, bitwise=True)
 
 
+def gradient_on(isa):
+    """`fusedattn.attention_backward` by the kernels for one vector unit."""
+
+    def gradient(*arrays, **options):
+        with mock.patch.object(tile, "host_isa", return_value=isa):
+            return attention_backward(*arrays, **options, backend="cpu")
+
+    return gradient
+
+
+def came_back(q, k, v, **options):
+    """What a gradient is called with: arrays, and options with a d_lse."""
+    out, lse = attention(q, k, v, **options, return_lse=True)
+    d_out, d_lse = normal(91, *out.shape, dtype=out.dtype), normal(92, *lse.shape, dtype=lse.dtype)
+    return (d_out, q, k, v, out, lse), {**options, "d_lse": d_lse}
+
+
+def gradient_kernel_on(isa, dtypes=DTYPES):
+    """Both as a kernel whose gradients are judged."""
+    supports = EVERYTHING | {"d_lse"}
+    gradient = gradient_on(isa)
+    return Kernel(attention_on(isa), supports=supports, dtypes=dtypes, gradient=gradient)
+
+
 def bits(array):
     """The bits of an array, as integers: they tell -0.0 from 0.0 and one NaN from another."""
     return np.ascontiguousarray(array).view(f"u{array.itemsize}")
@@ -48,6 +73,8 @@ def assert_same_bits(actual, expected):
     if isinstance(actual, tuple):
         for one, other in zip(actual, expected, strict=True):
             assert_same_bits(one, other)
+        return
+    if actual is expected is None:
         return
     assert actual.shape == expected.shape
     assert actual.dtype == expected.dtype

@@ -366,14 +366,18 @@ def wait_for_turn(params, index, panel):
     """Wait until the items whose share comes first have passed the panel; False if told to stop.
 
     They are the item of the same KV head and the keys before, and, where several heads or batch
-    items share a bias, the item just before this one.
+    items share a bias, the item just before this one. That one must have passed these rows in all
+    of its heads.
     """
     p = backward_at(params)
     heads = p.prepare_items // p.panels
     if index >= heads and not wait_until(params, p.progress + 8 * (index - heads), panel + 1):
         return False
     if p.bias_in_turn and index % heads:
-        return wait_until(params, p.progress + 8 * (index - 1), panel + 1)
+        together, passed = p.group_size // p.heads_per_item, p.panels
+        if p.heads_per_item == 1:
+            passed = (panel // together + 1) * together
+        return wait_until(params, p.progress + 8 * (index - 1), passed)
     return True
 
 
@@ -506,14 +510,18 @@ def walk(params, w, index):
 
 @kernel("iii>")
 def prepare(params, w, item):
-    """Fill one panel block of the call."""
+    """Fill one panel block of the call.
+
+    The panels of a KV head go through all of its query heads, or groups of them, before they go on
+    to further rows.
+    """
     p = backward_at(params)
-    lanes, seqlen_q = p.lanes, p.seqlen_q
-    item_of_head, panel = item // p.panels, item % p.panels
-    batch, kv_head = item_of_head // p.num_heads_kv, item_of_head % p.num_heads_kv
-    row = panel * lanes
-    count = smaller(lanes, p.group_size * seqlen_q - row)
-    head = kv_head * p.group_size + row // seqlen_q
+    lanes, seqlen_q, heads = p.lanes, p.seqlen_q, p.heads_per_item
+    groups, place, panel = p.group_size // heads, item // p.panels, item % p.panels
+    batch, kv_head = place // p.num_heads_kv, place % p.num_heads_kv
+    row = panel // groups * lanes
+    count = smaller(lanes, heads * seqlen_q - row)
+    head = kv_head * p.group_size + panel % groups * heads + row // seqlen_q
     t = p.panels_at + item * p.panel_bytes
     prepare_panel(params, w, t, batch, head, row % seqlen_q, count)
 

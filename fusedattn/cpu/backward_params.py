@@ -22,6 +22,7 @@ from fusedattn.cpu.micro import BACKWARD_GROUPS, UNSEEN
 from fusedattn.cpu.params import (
     OPERANDS,
     PARAMS,
+    SHARED_ROWS,
     STORAGE_NAME,
     address_of,
     batch_offsets,
@@ -104,9 +105,14 @@ Array = NDArray[Any]
 
 
 def backward_tile(problem: AttentionProblem) -> Tile:
-    """Return the tile shape that serves a problem; the rows of a KV group lie one after another."""
-    rows = problem.group_size * problem.seqlen_q
+    """Return the tile shape that serves a problem."""
+    rows = _heads_together(problem) * problem.seqlen_q
     return tile_for(STORAGE_NAME[problem.dtype], STORAGE_NAME[problem.out_dtype], rows)
+
+
+def _heads_together(problem: AttentionProblem) -> int:
+    """How many query heads of a KV group lie in a panel one after the other: all, or each alone."""
+    return problem.group_size if problem.seqlen_q <= SHARED_ROWS else 1
 
 
 def backward_groups(problem: AttentionProblem, bias_grad: bool) -> list[str]:
@@ -190,8 +196,10 @@ class BackwardCall:
     def _lower_items(self, problem: AttentionProblem, fields: Any) -> None:
         """Cut the work: a panel of rows to prepare, then a block of keys of one KV head."""
         heads = problem.batch_size * problem.num_heads_kv
-        rows = problem.group_size * problem.seqlen_q
-        panels = -(-rows // int(fields["lanes"]))
+        together = _heads_together(problem)
+        groups = problem.group_size // together
+        panels = groups * -(-together * problem.seqlen_q // int(fields["lanes"]))
+        fields["heads_per_item"] = together
         blocks = -(-problem.seqlen_k // int(fields["block_k"]))
         fields["panels"], fields["prepare_items"] = panels, heads * panels
         fields["items"] = heads * panels + (heads * blocks if panels else 0)

@@ -42,6 +42,7 @@ GROUPS = {
         "hide_outside": "iiiii>",
         "unpack": "iiiiii>",
         "stage": "iiiiiiii>",
+        "copy": "iiiiiiii>",
         "dot": "iiiii>f",
     },
     "panels": {
@@ -66,7 +67,6 @@ GROUPS = {
     "mask": {
         "mask_tile": "iiiiii>i",
         "hide_masked": "iii>",
-        "copy": "iiiiiiii>",
     },
     "dropout": {"drop": "iiiiiiii>"},
 }
