@@ -81,6 +81,8 @@ def rescue_row(params, w, place):
             for j in range(n):
                 seen = is_visible(params, mask_row, bias_row, first + j)
                 set_u8(w + p.at_seen, j, 1 if seen else 0)
+            if p.softcap > 0.0:
+                bend(p.run_bend, w + p.at_d_scores_tile, n, w + p.at_softcap_slope)
             add_to_d_q(params, w, t, first, n, keys, k_stride, 0)
         block += block_k
     write_d_q(params, w, t)
