@@ -41,7 +41,6 @@ from fusedattn.cpu.forward import (
     ALL_SEEN,
     COUNTER,
     EACH_KEY_SEEN,
-    LN_2,
     NONE_SEEN,
     SOME_SEEN,
     accumulate,
@@ -76,7 +75,7 @@ from fusedattn.cpu.memory import (
     set_u8,
     smaller,
 )
-from fusedattn.cpu.micro import BACKWARD_GROUPS, LOG2_E
+from fusedattn.cpu.micro import BACKWARD_GROUPS
 from fusedattn.cpu.params import STOP
 from fusedattn.cpu.simd import native
 
@@ -161,7 +160,7 @@ def prepare_panel(params, w, t, batch, head, row, count):
             delta -= get_real(p.d_lse, place, size)
         set_real(t + p.at_delta, lane, size, delta)
         if lse != -math.inf:
-            lse_log2 = lse * LOG2_E
+            lse_log2 = lse * p.lse_to_log2
             shift, factor = round_real(lse_log2, size), 1.0
             if not abs(lse_log2) >= p.exact_shift:
                 shift = np.floor(lse_log2)
@@ -173,7 +172,7 @@ def prepare_panel(params, w, t, batch, head, row, count):
         if p.sinks and lane < count:
             share, sink = 0.0, get_f64(p.sinks, head)
             if row < used_q and sink != -math.inf:
-                share = -(2.0 ** (sink * LOG2_E - shift) * factor) * delta
+                share = -(2.0 ** (sink * p.lse_to_log2 - shift) * factor) * delta
             set_f64(p.sink_shares, place, share)
     set_i64(t + p.at_counts, 0, count)
     set_i64(t + p.at_counts, 1, whole)
@@ -216,7 +215,7 @@ def weigh_anew(params, w, t, batch, kv_head, count):
             weights(p.run_weights, s, n, p.to_log2, maxima, alpha, sums)
         block += block_k
     used_q = get_i64(p.seqused_q, batch)
-    for lane in range(count):
+    for lane in range(lanes):
         row, head = get_i32(t + p.at_row, lane), get_i32(t + p.at_head, lane)
         place = (batch * p.num_heads + head) * p.seqlen_q + row
         stored = get_real(p.lse, place, size)
@@ -227,15 +226,18 @@ def weigh_anew(params, w, t, batch, kv_head, count):
         of_sink, sink = 0.0, -math.inf
         if p.sinks and row < used_q:
             sink = get_f64(p.sinks, head)
-        lse = (shift + math.log2(total)) * LN_2
+        lse = (shift + math.log2(total)) / p.lse_to_log2
         if sink != -math.inf:
-            of_sink = 1.0 / (1.0 + total * 2.0 ** (shift - sink * LOG2_E))
-            total += 2.0 ** (sink * LOG2_E - shift)
-            lse = (shift + math.log2(total)) * LN_2 if of_sink < 0.5 else sink - math.log(of_sink)
-        if abs(lse - stored) <= 2.0 * p.roundoff * abs(stored):
+            sink_log2 = sink * p.lse_to_log2
+            of_sink = 1.0 / (1.0 + total * 2.0 ** (shift - sink_log2))
+            total += 2.0 ** (sink_log2 - shift)
+            lse = sink - math.log(of_sink)
+            if of_sink < 0.5:
+                lse = (shift + math.log2(total)) / p.lse_to_log2
+        if abs(lse - stored) <= p.lse_slack * abs(stored):
             set_real(t + p.at_shift, lane, size, shift)
             set_real(t + p.at_factor, lane, size, 1.0 / total)
-            if p.sinks:
+            if p.sinks and lane < count:
                 share = -of_sink * get_real(t + p.at_delta, lane, size)
                 set_f64(p.sink_shares, place, share)
 

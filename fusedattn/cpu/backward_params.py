@@ -18,7 +18,7 @@ from numba import from_dtype
 from numpy.typing import NDArray
 
 from fusedattn.cpu.memory import STORAGE_CODE, view_as
-from fusedattn.cpu.micro import BACKWARD_GROUPS, UNSEEN
+from fusedattn.cpu.micro import BACKWARD_GROUPS, LOG2_E, UNSEEN
 from fusedattn.cpu.params import (
     OPERANDS,
     PARAMS,
@@ -87,9 +87,10 @@ _INTEGERS = [
     *(f"at_{name}" for name in (*_PANEL, *_SCRATCH) if f"at_{name}" not in _FIRST),
 ]
 _REALS = [
+    "lse_to_log2",  # what `to_log2`, rounded, makes of one natural unit
     "coarse_lse",  # an lse beyond this is too coarse to weigh with
     "exact_shift",  # shifts below this are integers
-    "roundoff",
+    "lse_slack",  # roundings of an lse, relative to it
 ]
 
 BACKWARD = np.dtype(
@@ -230,7 +231,11 @@ def _lower_tile(problem: AttentionProblem, tile: Tile, fields: Any) -> None:
         in_place = array.strides[-1] == array.itemsize == tile.real_bytes
         fields[f"stage_{name}"] = not in_place
     mantissa = 24 if tile.bits == 32 else 53
-    fields["roundoff"], fields["coarse_lse"] = 2.0**-mantissa, 2.0 ** (mantissa - 12)
+    to_log2 = float(fields["to_log2"])
+    fields["lse_to_log2"] = LOG2_E * float(problem.accumulator.type(to_log2)) / to_log2
+    # In float64 it is also computed with roundings.
+    fields["lse_slack"] = (2.0 if tile.bits == 32 else 4.0) * 2.0**-mantissa
+    fields["coarse_lse"] = 2.0 ** (mantissa - 12)
     fields["exact_shift"] = 2.0 ** (mantissa - 2)
     fields["run_yield"] = _yield_address()
     vectors = [-(-dim // tile.width) for dim in (problem.head_dim, problem.head_dim_v)]
