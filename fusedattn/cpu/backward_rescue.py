@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from fusedattn.cpu.backward import (
     add_to_d_q,
-    backward_at,
     bend,
     differentiate_tile,
     fill_constants,
@@ -22,6 +21,7 @@ from fusedattn.cpu.backward import (
     write_d_q,
     write_rows,
 )
+from fusedattn.cpu.backward_params import backward_at
 from fusedattn.cpu.forward import COUNTER, NONE_SEEN, clear, stage
 from fusedattn.cpu.memory import (
     add_atomic,

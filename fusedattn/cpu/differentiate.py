@@ -1,10 +1,15 @@
 """The backward pass of the CPU backend: from a problem to finished gradients.
 
 Gradients are finite where the scores are in the forward's domain and where the sums that make them
-up stay below a quarter of the accumulator's range: with ``t = max_j sum_d |d_out_d v_jd| / (1 - p)
-+ sum_d |d_out_d out_d| + |d_lse|`` of a row, ``max(1, |scale|)`` times ``t max|k|`` for d_q, the sum
-of ``t |q|`` over the rows of a group for d_k, that of ``|d_out| / (1 - p)`` for d_v, and that of
-``t`` for d_bias and d_sinks. What the operand's own type cannot hold is rounded to infinity.
+up stay below a quarter of the accumulator's range. With ``t`` of a row the largest ``sum_d |d_out_d
+v_jd| / (1 - p)`` over its keys, plus ``sum_d |d_out_d out_d| + |d_lse|``, these are
+
+- for d_q ``max(1, |scale|) t max|k|``,
+- for d_k ``max(1, |scale|)`` times the sum of ``t |q|`` over the rows that read the key's head,
+- for d_v the sum of ``|d_out| / (1 - p)`` over these rows,
+- for d_bias and d_sinks the sum of ``t`` over the rows that share an element.
+
+What the operand's own type cannot hold is rounded to infinity.
 """
 
 from __future__ import annotations
@@ -50,7 +55,6 @@ def backward(
     bias_grad: bool = True,
 ) -> Gradients:
     """Pull ``d_out`` and ``d_lse`` back to the operands; arrays in canonical axis order."""
-    accumulator = problem.accumulator
     arrays: dict[str, Array | None] = {
         name: getattr(problem, name) for name in ("q", "k", "v", "mask", "bias")
     }
@@ -172,12 +176,12 @@ def _sees_any(problem: AttentionProblem, batch: tuple[int, ...], head: int, row:
     flat = int(np.ravel_multi_index(batch, problem.batch_shape)) if batch else 0
     keys = slice(*problem.key_range(flat).row(row))
     visible = np.ones(keys.stop - keys.start, bool)
+    place: Any = (*batch, head, row, keys)
     if problem.mask is not None:
-        visible &= problem.mask[(*batch, head, row, keys)]
+        visible &= problem.mask[place]
     if problem.bias is not None:
-        bias = problem.bias[(*batch, head, row, keys)]
         with np.errstate(all="ignore"):
-            visible &= ~np.isneginf(bias.astype(problem.accumulator))
+            visible &= ~np.isneginf(problem.bias[place].astype(problem.accumulator))
     return bool(visible.any())
 
 
