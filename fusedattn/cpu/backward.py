@@ -44,7 +44,6 @@ from fusedattn.cpu.forward import (
     NONE_SEEN,
     SOME_SEEN,
     accumulate,
-    clear,
     copy,
     fill_lanes,
     hide_masked,
@@ -58,6 +57,7 @@ from fusedattn.cpu.forward import (
 )
 from fusedattn.cpu.memory import (
     add_atomic,
+    clear,
     get_acquire,
     get_atomic,
     get_f64,
@@ -387,7 +387,7 @@ def wait_for_turn(params, index, panel):
 def write_d_q(params, w, t):
     """Write the finished rows of a panel, and mark those that are not finite."""
     p = backward_at(params)
-    check, size = w + p.at_check, p.real_bytes
+    check = w + p.at_check
     rows, step = t + p.at_d_q_rows, p.d_q_dim
     unpack_d_q(p.run_unpack_d_q, t + p.at_sum_d_q, w + p.at_scales, rows, step, p.head_dim, check)
 

@@ -22,9 +22,10 @@ from fusedattn.cpu.backward import (
     write_rows,
 )
 from fusedattn.cpu.backward_params import backward_at
-from fusedattn.cpu.forward import COUNTER, NONE_SEEN, clear, stage
+from fusedattn.cpu.forward import COUNTER, NONE_SEEN, stage
 from fusedattn.cpu.memory import (
     add_atomic,
+    clear,
     get_atomic,
     get_i32,
     get_i64,
@@ -91,7 +92,7 @@ def rescue_row(params, w, place):
 
 @kernel("iii>b")
 def rescue_key(params, w, place):
-    """One row of d_k and d_v, to which rows that do not see it give zeros. False if told to stop."""
+    """One row of d_k and d_v; rows that do not see it give zeros. False if told to stop."""
     p = backward_at(params)
     key, heads = place % p.seqlen_k, place // p.seqlen_k
     batch, kv_head = heads // p.num_heads_kv, heads % p.num_heads_kv
