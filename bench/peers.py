@@ -1,136 +1,192 @@
-"""What the benchmark compares, each in a process of its own."""
+"""The libraries that are compared, each at its best and as its user would call it.
+
+A peer takes a case and offers one or more ways to compute it. What its user does once, outside the
+hot loop (another axis order, a mask in the form it wants, a compiled function), is done before a
+way is handed out. The fastest of those whose answers are right is timed.
+"""
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
-import time
-from collections.abc import Callable
+import importlib.util
+import os
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
 
 import fusedattn
-from fusedattn.cli.machine import available_memory
+from bench.cases import Array, Bool, Case
+from fusedattn.cli.machine import available_memory, binary_size
 
-Array = NDArray[Any]
+OURS = "fused"
 
-# One turn of a peer: at least one call, and as many as fit into this time.
-TURN_SECONDS, TURN_CALLS = 0.3, 200
-ROWS_CHECKED = 16
-
-
-class Case(NamedTuple):
-    """A problem in float32; k and v have ``heads_kv`` heads."""
-
-    batch: int
-    heads: int
-    heads_kv: int
-    seqlen: int
-    head_dim: int
-    causal: bool
-
-    def inputs(self) -> tuple[Array, Array, Array]:
-        """Return q, k, v: the same numbers in every process."""
-        rng = np.random.default_rng(0)
-        shapes = [(self.batch, h, self.seqlen, self.head_dim) for h in self[1:3] + self[2:3]]
-        q, k, v = (rng.standard_normal(shape, np.float32) for shape in shapes)
-        return q, k, v
-
-    def __str__(self) -> str:
-        heads = f"{self.heads}" if self.heads == self.heads_kv else f"{self.heads}/{self.heads_kv}"
-        return f"{self.batch},{heads},{self.seqlen},{self.head_dim}"
+# Part of the available memory that the scores of a peer may take; the rest is not ours to risk.
+SAFE_SHARE = 0.7
 
 
-# The peers: each returns a function that computes the case.
+class Way(NamedTuple):
+    """The call that is timed, and how its result becomes (batch, heads, seqlen_q, head_dim)."""
+
+    call: Callable[[], Any]
+    read: Callable[[Any], Array]
 
 
-def fused_peer(case: Case) -> Callable[[], Array]:
-    q, k, v = case.inputs()
-    return lambda: fusedattn.attention(q, k, v, causal=case.causal)
+Ways = Mapping[str, Way]
 
 
-def torch_peer(case: Case) -> Callable[[], Array]:
+class Unsupported(Exception):
+    """Why a peer cannot compute a case."""
+
+
+class Peer(NamedTuple):
+    """A library: how it is called in tables, the package it needs, and what it computes."""
+
+    title: str
+    package: str
+    forward: Callable[[Case], Ways]
+
+    @property
+    def missing(self) -> str | None:
+        """Return why it cannot be asked at all, or None."""
+        found = importlib.util.find_spec(self.package)
+        return None if found else f"the package {self.package} is not installed"
+
+
+def _scores_must_fit(case: Case) -> None:
+    """Refuse a case whose scores in float32, three times, would not fit into memory."""
+    needed = 3 * 4 * case.batch * case.heads * case.seqlen_q * case.seqlen_k
+    available = available_memory()
+    if available is not None and needed > SAFE_SHARE * available:
+        raise Unsupported(f"its scores take {binary_size(needed)} of memory")
+
+
+def _every_row(case: Case, mask: Bool | None) -> Bool | None:
+    return case.visible(np.arange(case.seqlen_q), mask)
+
+
+def fused(case: Case) -> Ways:
+    """`fusedattn.attention`."""
+    inputs = case.inputs()
+    q, k, v, *_ = inputs
+    options = {name: value for name, value in case.options(inputs).items() if value is not None}
+    return {"attention": Way(lambda: fusedattn.attention(q, k, v, **options), np.asarray)}
+
+
+def torch_sdpa(case: Case) -> Ways:
+    """PyTorch's `scaled_dot_product_attention`, which takes its fused kernel where it has one.
+
+    Windows and lengths, which it has no words for, become a mask: a bool one, which it converts in
+    each call, or one to be added, made beforehand.
+    """
     import torch
 
-    q, k, v = (torch.from_numpy(array) for array in case.inputs())
+    def tensor(array: Array) -> Any:
+        if array.dtype == ml_dtypes.bfloat16:
+            return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
+
+    def read(result: Any) -> Array:
+        return np.asarray(result.float().numpy())
+
+    inputs = case.inputs()
+    q, k, v = (tensor(array) for array in inputs[:3])
+    options: dict[str, Any] = {"enable_gqa": True} if case.heads != case.heads_kv else {}
     attend = torch.nn.functional.scaled_dot_product_attention
-    grouped = case.heads != case.heads_kv
+
+    def way(**more: Any) -> Way:
+        def call() -> Any:
+            with torch.inference_mode():
+                return attend(q, k, v, **options, **more)
+
+        return Way(call, read)
+
+    if inputs.bias is not None:
+        return {"bias": way(attn_mask=tensor(inputs.bias))}
+    if case.operand == "mask":
+        return {"bool mask": way(attn_mask=tensor(inputs.mask))}
+    if case.causal and case.window_size is None and case.seqlen_q == case.seqlen_k:
+        return {"causal": way(is_causal=True)}
+    seen = _every_row(case, None)
+    if seen is None:
+        return {"full": way()}
+    added = torch.zeros(seen.shape, dtype=q.dtype).masked_fill(~tensor(seen.copy()), -torch.inf)
+    return {"bool mask": way(attn_mask=tensor(seen.copy())), "added mask": way(attn_mask=added)}
+
+
+def jax_nn(case: Case) -> Ways:
+    """JAX's `dot_product_attention`, compiled, on arrays in its own axis order."""
+    _scores_must_fit(case)
+    import jax
+    import jax.numpy as jnp
+
+    inputs = case.inputs()
+    q, k, v = (jnp.asarray(np.ascontiguousarray(x.swapaxes(1, 2))) for x in inputs[:3])
+    options: dict[str, Any] = {}
+    operands: dict[str, Any] = {} if inputs.bias is None else {"bias": jnp.asarray(inputs.bias)}
+    if case.causal and case.seqlen_q != case.seqlen_k:  # it aligns the first query with key 0
+        operands["mask"] = jnp.asarray(_every_row(case, None))
+    else:
+        options |= {"is_causal": case.causal, "local_window_size": case.window_size}
+    if inputs.mask is not None:
+        operands["mask"] = jnp.asarray(inputs.mask[None, None])
+    if case.lengths is not None:
+        operands["key_value_seq_lengths"] = jnp.asarray(case.lengths, jnp.int32)
+
+    @jax.jit
+    def compiled(q: Any, k: Any, v: Any, operands: Any) -> Any:
+        return jax.nn.dot_product_attention(q, k, v, **operands, **options)
+
+    def call() -> Any:
+        return compiled(q, k, v, operands).block_until_ready()
+
+    return {"jit": Way(call, lambda result: np.asarray(result).swapaxes(1, 2))}
+
+
+def naive_numpy(case: Case) -> Ways:
+    """Attention as the textbook has it; grouped heads without a copy of the keys."""
+    if case.dtype != "float32":
+        raise Unsupported("NumPy has no matrix product in half types but a scalar loop")
+    _scores_must_fit(case)
+    q, k, v, mask, bias = case.inputs()
+    seen = _every_row(case, mask)
+    hidden = None if seen is None else ~seen
+    scale = np.float32(1 / np.sqrt(case.head_dim))
+    grouped = (case.batch, case.heads_kv, -1, case.head_dim)
+    scores_shape = (case.batch, case.heads, case.seqlen_q, case.seqlen_k)
 
     def call() -> Array:
-        with torch.inference_mode():
-            found = attend(q, k, v, is_causal=case.causal, enable_gqa=grouped)
-        answer: Array = found.numpy()
-        return answer
-
-    return call
-
-
-def numpy_peer(case: Case) -> Callable[[], Array]:
-    needed = 3 * case.batch * case.heads * case.seqlen**2 * 4
-    if needed > 0.8 * (available_memory() or needed):
-        raise MemoryError("its scores do not fit into memory")
-    q, k, v = case.inputs()
-    k, v = (array.repeat(case.heads // case.heads_kv, axis=1) for array in (k, v))
-    hidden = ~np.tri(case.seqlen, dtype=bool)
-
-    def call() -> Array:
-        scores = q @ k.swapaxes(-1, -2) / np.float32(np.sqrt(case.head_dim))
-        if case.causal:
-            scores[..., hidden] = -np.inf
+        scores = q.reshape(grouped) @ k.swapaxes(-1, -2)
+        scores *= scale
+        all_heads = scores.reshape(scores_shape)
+        if bias is not None:
+            all_heads += bias
+        if hidden is not None:
+            np.copyto(all_heads, -np.inf, where=hidden)
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
         weights /= weights.sum(axis=-1, keepdims=True)
-        return weights @ v
+        return (weights @ v).reshape(q.shape)
 
-    return call
-
-
-PEERS = {"fused": fused_peer, "torch": torch_peer, "numpy": numpy_peer}
+    return {"matmul": Way(call, np.asarray)}
 
 
-def serve(peer: str, pipe: Any) -> None:
-    """Answer with checked rows for a case, and with the seconds of each call for None."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
-    call: Callable[[], Array] = lambda: np.empty(0)  # noqa: E731
-    while True:
-        try:
-            case = pipe.recv()
-        except EOFError:  # the parent is gone
-            return
-        try:
-            if case is not None:
-                call = PEERS[peer](case)
-                pipe.send(call()[:, :, rows_checked(case)])
-                continue
-            call()  # wakes threads and caches after the others' turns
-            seconds: list[float] = []
-            while not seconds or (sum(seconds) < TURN_SECONDS and len(seconds) < TURN_CALLS):
-                start = time.perf_counter()
-                call()
-                seconds.append(time.perf_counter() - start)
-            pipe.send(seconds)
-        except Exception as error:  # whatever it is, it concerns this peer alone
-            pipe.send(f"{type(error).__name__}: {error}")
+def onnx_runtime(case: Case) -> Ways:
+    """The best of ONNX Runtime's three operators."""
+    if case.dtype == "bfloat16":
+        raise Unsupported("its CPU kernels know float32 and float16")
+    from bench.onnx_operators import ways
+
+    threads = int(os.environ["FUSEDATTN_NUM_THREADS"])
+    return {
+        name: Way(call, read) for name, (call, read) in ways(case, case.inputs(), threads).items()
+    }
 
 
-def rows_checked(case: Case) -> Array:
-    return np.linspace(0, case.seqlen - 1, min(case.seqlen, ROWS_CHECKED)).astype(int)
-
-
-def workers(peers: list[str]) -> dict[str, Any]:
-    context = multiprocessing.get_context("spawn")
-    pipes = {}
-    for peer in peers:
-        pipes[peer], theirs = context.Pipe()
-        context.Process(target=serve, args=(peer, theirs), daemon=True).start()
-        theirs.close()
-    return pipes
-
-
-def ask(pipe: Any, question: Any) -> Any:
-    try:
-        pipe.send(question)
-        return pipe.recv()
-    except (EOFError, OSError):
-        return "its process ended"
+# Ours first: the others are compared with it.
+PEERS = {
+    OURS: Peer("fusedattn", "fusedattn", fused),
+    "torch": Peer("PyTorch", "torch", torch_sdpa),
+    "onnxruntime": Peer("ONNX Runtime", "onnxruntime", onnx_runtime),
+    "jax": Peer("JAX", "jax", jax_nn),
+    "numpy": Peer("naive NumPy", "numpy", naive_numpy),
+}

@@ -1,0 +1,1 @@
+"""Speed, memory and error of `fusedattn` beside other libraries; start at `bench.run`."""
