@@ -31,10 +31,20 @@ class Goal(NamedTuple):
     less_is_better: bool = False
 
     def met(self, value: float) -> str:
-        """Return "aim", "yes" or "no"."""
+        """Return "no", "yes" or, for the aim too, "yes, the aim"."""
         if self.aim is not None and self._reaches(value, self.aim):
-            return "aim"
+            return "yes, the aim"
         return "yes" if self._reaches(value, self.least) else "no"
+
+    def cells(self, results: Results) -> list[str]:
+        """Return goal, at least, aim, reached, met and worst case, for a table."""
+        found = self.find(results)
+        least = ("≤ " if self.less_is_better else "") + self.style.format(self.least)
+        aim = "" if self.aim is None else self.style.format(self.aim)
+        if found is None:
+            return [self.text, least, aim, "", "not measured", ""]
+        reached = self.style.format(found.value)
+        return [self.text, least, aim, reached, self.met(found.value), found.where]
 
     def _reaches(self, value: float, mark: float) -> bool:
         return value <= mark if self.less_is_better else value >= mark

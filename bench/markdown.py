@@ -73,17 +73,8 @@ def circumstances(results: Results) -> str:
 
 def goals(results: Results) -> str:
     """Every goal with what was reached."""
-    rows = []
-    for goal in GOALS:
-        found = goal.find(results)
-        aim = "" if goal.aim is None else goal.style.format(goal.aim)
-        least = ("≤ " if goal.less_is_better else "") + goal.style.format(goal.least)
-        reached = ["", "", "not measured"]
-        if found is not None:
-            verdict = {"aim": "**yes**, and the aim", "yes": "**yes**", "no": "no"}
-            reached = [goal.style.format(found.value), found.where, verdict[goal.met(found.value)]]
-        rows.append([goal.text, least, aim, reached[0], reached[2], reached[1]])
-    return table(["goal", "at least", "aim", "reached", "met", "worst case"], rows)
+    headings = ["goal", "at least", "aim", "reached", "met", "worst case"]
+    return table(headings, [goal.cells(results) for goal in GOALS])
 
 
 def _cell(ratio: float | None, medians: float | None) -> str:

@@ -26,10 +26,9 @@ Indices = NDArray[np.int64]
 
 
 class Sample(NamedTuple):
-    """Indices of the rows that are compared; heads in whole groups of their KV heads."""
+    """Indices of the rows that are compared."""
 
     batches: Indices
-    heads_kv: Indices
     heads: Indices
     rows: Indices
 
@@ -61,13 +60,11 @@ def _spread(length: int, most: int) -> Indices:
 
 def sample(case: Case) -> Sample:
     """Choose rows to compare."""
-    group = case.heads // case.heads_kv
     batches = _spread(case.batch, BATCHES)
     most = KEYS // (len(batches) * case.seqlen_k * case.head_dim)
-    heads_kv = _spread(case.heads_kv, min(HEADS // group, most))
-    heads = (heads_kv[:, None] * group + np.arange(group)).ravel()
+    heads = _spread(case.heads, min(HEADS, most))
     rows = min(ROWS, SCORES // (len(batches) * len(heads) * case.seqlen_k))
-    return Sample(batches, heads_kv, heads, _spread(case.seqlen_q, rows))
+    return Sample(batches, heads, _spread(case.seqlen_q, rows))
 
 
 def truth(case: Case) -> Truth:
@@ -75,7 +72,8 @@ def truth(case: Case) -> Truth:
     chosen = sample(case)
     q, k, v, mask, bias = case.inputs()
     q = chosen.of(q)
-    k, v = (x[np.ix_(chosen.batches, chosen.heads_kv)] for x in (k, v))
+    heads_kv = chosen.heads // (case.heads // case.heads_kv)
+    k, v = (x[np.ix_(chosen.batches, heads_kv)] for x in (k, v))
     seen = case.visible(chosen.rows, mask)
     if seen is not None and len(seen) > 1:
         seen = seen[chosen.batches]

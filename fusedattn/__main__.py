@@ -1,4 +1,4 @@
-"""Commands for the shell: ``python -m fusedattn demo | info | explain | check``."""
+"""Commands for the shell: ``python -m fusedattn demo | info | explain | check | bench``."""
 
 import sys
 

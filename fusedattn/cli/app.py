@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -160,9 +161,44 @@ def check(context: typer.Context) -> None:
             raise
         needed = f"check needs the package {error.name}"
         raise _stop(f"{needed}: python -m pip install 'fusedattn[testing]'") from None
-    kit = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    kit.command()(command)
-    status = kit(args=context.args, prog_name="python -m fusedattn check", standalone_mode=False)
+    _pass_on(command, "check", context)
+
+
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def bench(context: typer.Context) -> None:
+    """Time attention beside other libraries, from a checkout; see bench --help."""
+    import importlib
+    import sys
+    from pathlib import Path
+
+    import fusedattn
+
+    root = Path(fusedattn.__file__).parents[1]
+    if not (root / "bench/run.py").is_file():
+        raise _stop(
+            "bench needs a checkout of the repository: run python -m fusedattn bench in its folder"
+        )
+    sys.path.insert(0, str(root))
+    try:
+        command = importlib.import_module("bench.run").main
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("fusedattn", "bench"):
+            raise
+        needed = f"bench needs the package {error.name}"
+        raise _stop(f"{needed}: python -m pip install '.[bench]'") from None
+    _pass_on(command, "bench", context)
+
+
+def _pass_on(command: Callable[..., None], name: str, context: typer.Context) -> NoReturn:
+    """Run a command that has options of its own."""
+    inner = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    inner.command()(command)
+    status = inner(
+        args=context.args, prog_name=f"python -m fusedattn {name}", standalone_mode=False
+    )
     raise typer.Exit(status or 0)
 
 
