@@ -130,7 +130,8 @@ class Case:
         keys = sum(self.lengths) if self.lengths else self.batch * self.seqlen_k
         queries = self.batch * self.seqlen_q * self.heads
         elements = 2 * self.head_dim * (keys * self.heads_kv + queries)
-        return elements * np.dtype(DTYPES[self.dtype]).itemsize
+        size: int = np.dtype(DTYPES[self.dtype]).itemsize
+        return elements * size
 
 
 def _mixed_lengths(count: int, low: int, high: int) -> tuple[int, ...]:
@@ -138,6 +139,8 @@ def _mixed_lengths(count: int, low: int, high: int) -> tuple[int, ...]:
     spread = np.geomspace(low, high, count).astype(int)
     return tuple(int(n) for n in np.random.default_rng(0).permutation(spread))
 
+
+Sizes = tuple[int, int, int, int, int]
 
 TRANSFORMER = "Transformer base, 8 heads of 64 (arXiv:1706.03762, table 3)"
 BERT = "BERT base, 12 heads of 64 (arXiv:1810.04805, section 3)"
@@ -147,15 +150,15 @@ GEMMA = "Gemma 3's local layers, 1024 keys back (arXiv:2503.19786, section 2)"
 LONGFORMER = "Longformer, a window to both sides (arXiv:2004.05150, section 3.1)"
 T5 = "T5 small, 8 heads of 64, relative position bias (arXiv:1910.10683, section 2.1)"
 
-# BATCH, HEADS, HEADS_KV, SEQLEN, HEAD_DIM and where they come from.
+# (BATCH, HEADS, HEADS_KV, SEQLEN, HEAD_DIM) and where they come from.
 PREFILL = [
-    (1, 8, 8, 512, 64, f"{TRANSFORMER}, 512 tokens"),
-    (1, 8, 8, 2048, 64, f"{TRANSFORMER}, 2048 tokens"),
-    (1, 16, 16, 4096, 128, f"{FLASH}, head dim 128, 4096 tokens"),
-    (1, 8, 8, 8192, 64, f"{TRANSFORMER}, 8192 tokens"),
-    (1, 32, 8, 2048, 128, f"{LLAMA}, 2048 tokens"),
-    (8, 12, 12, 128, 64, f"{BERT}, 8 texts of 128 tokens"),
-    (1, 12, 12, 64, 64, f"{BERT}, a short text"),
+    ((1, 8, 8, 512, 64), f"{TRANSFORMER}, 512 tokens"),
+    ((1, 8, 8, 2048, 64), f"{TRANSFORMER}, 2048 tokens"),
+    ((1, 16, 16, 4096, 128), f"{FLASH}, head dim 128, 4096 tokens"),
+    ((1, 8, 8, 8192, 64), f"{TRANSFORMER}, 8192 tokens"),
+    ((1, 32, 8, 2048, 128), f"{LLAMA}, 2048 tokens"),
+    ((8, 12, 12, 128, 64), f"{BERT}, 8 texts of 128 tokens"),
+    ((1, 12, 12, 64, 64), f"{BERT}, a short text"),
 ]
 # With those of PREFILL that have the same heads: time against length.
 LENGTHS = (1024, 4096, 16384)
@@ -169,7 +172,7 @@ def _heads(heads: int, heads_kv: int) -> str:
 def _square(
     group: str,
     variant: str,
-    sizes: tuple[int, int, int, int, int],
+    sizes: Sizes,
     source: str,
     **options: Any,
 ) -> Case:
@@ -187,10 +190,10 @@ def _decode(heads: int, seqlen_k: int, seqlen_q: int) -> Case:
 
 
 def _float32() -> Iterable[Case]:
-    for *sizes, source in PREFILL:
+    for sizes, source in PREFILL:
         for causal in (False, True):
             variant = "causal" if causal else "full"
-            yield _square("prefill", variant, tuple(sizes), source, causal=causal)
+            yield _square("prefill", variant, sizes, source, causal=causal)
     at_8192, at_2048 = (1, 8, 8, 8192, 64), (1, 8, 8, 2048, 64)
     back, around = (WINDOW - 1, 0), (WINDOW // 2, WINDOW // 2 - 1)
     yield _square("window", "back", at_8192, GEMMA, causal=True, window_size=back)

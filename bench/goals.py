@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bench.cases import Case, all_cases
 from bench.measure import fastest
@@ -96,7 +96,7 @@ def mean(wanted: Wanted, metric: Metric) -> Callable[[Results], Found | None]:
     return find
 
 
-def prefill(dtype: str = "float32", least: int = 0, **equal: object) -> Wanted:
+def prefill(dtype: str = "float32", least: int = 0, **equal: Any) -> Wanted:
     """Choose prefill cases by dtype, length and fields."""
     return lambda case: (
         case.group == "prefill"
@@ -175,7 +175,8 @@ def growth_with_threads(results: Results) -> Found | None:
     return Found(one / two, f"the machine's own multiply-adds: {rates[1] / rates[0]:.2f}")
 
 
-_FULL, _CAUSAL = {"causal": False}, {"causal": True}
+_FULL: dict[str, Any] = {"causal": False}
+_CAUSAL: dict[str, Any] = {"causal": True}
 _TORCH, _ONNX = against("torch"), against("onnxruntime")
 
 
@@ -194,14 +195,13 @@ def _part_of_peak() -> list[Goal]:
 
 
 def _against_peers() -> list[Goal]:
-    half = {"least": 2048}
     rows = [
         ("torch, full", 1.15, 1.25, prefill(**_FULL), _TORCH),
         ("torch, causal", 1.25, 1.45, prefill(**_CAUSAL), _TORCH),
         ("ONNX Runtime, full", 1.05, 1.15, prefill(**_FULL), _ONNX),
         ("ONNX Runtime, causal", 1.15, 1.4, prefill(**_CAUSAL), _ONNX),
-        ("torch, bfloat16, S ≥ 2048", 1.15, 1.3, prefill("bfloat16", **half), _TORCH),
-        ("torch, float16, S ≥ 2048", 1.6, 2.0, prefill("float16", **half), _TORCH),
+        ("torch, bfloat16, S ≥ 2048", 1.15, 1.3, prefill("bfloat16", 2048), _TORCH),
+        ("torch, float16, S ≥ 2048", 1.6, 2.0, prefill("float16", 2048), _TORCH),
         ("torch, a dense mask", 1.5, 3.0, masked("dense"), _TORCH),
         ("torch, lengths", 1.5, 3.0, masked("lengths"), _TORCH),
         ("torch, a bias", 1.5, 3.0, masked("bias"), _TORCH),

@@ -46,8 +46,8 @@ def compare(case: Case, workers: Mapping[str, Asked], rounds: int) -> Record:
 
 
 def _facts(case: Case) -> Record:
-    names = ("group", "shape", "variant", "dtype", "source", "batch", "heads", "heads_kv")
-    names += ("seqlen_q", "seqlen_k", "head_dim", "causal")
+    names = ["group", "shape", "variant", "dtype", "source", "batch", "heads", "heads_kv"]
+    names += ["seqlen_q", "seqlen_k", "head_dim", "causal"]
     facts = {name: getattr(case, name) for name in names}
     return facts | {"flops": case.flops, "bytes": case.bytes_moved}
 

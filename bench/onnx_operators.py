@@ -160,7 +160,9 @@ def _group_query(case: Case, inputs: Inputs, threads: int) -> Callable[[], Array
         given |= {"K": _joined(last[0]), "V": _joined(last[1]), "past_key": k, "past_value": v}
     given["seqlens_k"] = (lengths - 1).astype(np.int32)
     given["total_sequence_length"] = np.array(lengths.max(), np.int32)
-    window = {} if case.window_size is None else {"local_window_size": case.window_size[0] + 1}
+    window: dict[str, Any] = (
+        {} if case.window_size is None else {"local_window_size": case.window_size[0] + 1}
+    )
     node = Node(
         *("GroupQueryAttention", MICROSOFT, given, threads),
         num_heads=case.heads,

@@ -81,7 +81,7 @@ def torch_sdpa(case: Case) -> Ways:
     """
     import torch
 
-    def tensor(array: Array) -> Any:
+    def tensor(array: Any) -> Any:
         if array.dtype == ml_dtypes.bfloat16:
             return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
         return torch.from_numpy(array)
@@ -165,7 +165,8 @@ def naive_numpy(case: Case) -> Ways:
             np.copyto(all_heads, -np.inf, where=hidden)
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
         weights /= weights.sum(axis=-1, keepdims=True)
-        return (weights @ v).reshape(q.shape)
+        out: Array = weights @ v
+        return out.reshape(q.shape)
 
     return {"matmul": Way(call, np.asarray)}
 

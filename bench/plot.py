@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import matplotlib
 import typer
@@ -63,7 +63,7 @@ THEMES = {
 }
 MARKERS = {OURS: "o", "torch": "s", "onnxruntime": "D", "jax": "^", "numpy": "X"}
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "fusedattn",  # else identifiers are random
     "svg.fonttype": "path",  # else it depends on the reader's fonts
     "font.family": "DejaVu Sans",  # which comes with matplotlib
@@ -82,7 +82,7 @@ def _figure(width: float, height: float, panels: int = 1, **options: Any) -> tup
     return figure, figure.subplots(1, panels, squeeze=False, **options)[0]
 
 
-def _plain(axes: Axes, theme: Theme, grid: str) -> None:
+def _plain(axes: Axes, theme: Theme, grid: Literal["x", "both"]) -> None:
     """Colour everything that is no data, and keep it behind the data."""
     for spine in axes.spines.values():
         spine.set_color(theme.faint)
@@ -115,13 +115,17 @@ def _measured(entries: Sequence[Entry], *, ours: bool) -> list[str]:
 
 
 def _dots(
-    axes: Axes, theme: Theme, entries: Sequence[Entry], peer: str, value: Callable[[Entry], Any]
+    axes: Axes,
+    theme: Theme,
+    entries: Sequence[Entry],
+    peer: str,
+    value: Callable[[Entry, str], float | None],
 ) -> None:
     """Draw one peer's value in the row of each case, the first on top."""
-    found = [(value(entry), -i) for i, entry in enumerate(entries) if entry.measured(peer)]
+    found = {-i: value(entry, peer) for i, entry in enumerate(entries) if entry.measured(peer)}
     axes.plot(
-        [x for x, _ in found],
-        [y for _, y in found],
+        [x for x in found.values() if x is not None],
+        [y for y, x in found.items() if x is not None],
         MARKERS[peer],
         color=theme.colours[peer],
         markersize=7,
@@ -146,7 +150,7 @@ def speed(results: Results, theme: Theme) -> Figure:
     for axes, variant in zip(panels, ("full", "causal"), strict=True):
         entries = [entry for entry in prefill if entry.variant == variant]
         for peer in _measured(prefill, ours=False):
-            _dots(axes, theme, entries, peer, lambda entry, peer=peer: entry.ratio(peer))
+            _dots(axes, theme, entries, peer, Entry.ratio)
         axes.axvline(1.0, color=theme.colours[OURS], linewidth=1.6)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(_times))
@@ -171,7 +175,7 @@ def peak(results: Results, theme: Theme) -> Figure:
         rows = [-i for i in range(len(entries))]
         axes.barh(rows, own, 0.6, color=theme.colours[OURS], label=PEERS[OURS].title)
         for peer in ("torch", "onnxruntime"):
-            _dots(axes, theme, entries, peer, lambda entry, peer=peer: entry.fraction(peer))
+            _dots(axes, theme, entries, peer, Entry.fraction)
         axes.axvline(1.0, color=theme.text, linewidth=0.8)
         axes.set_xlim(left=0.0)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))

@@ -43,7 +43,7 @@ class Entry:
 
     def median(self, peer: str = OURS) -> float:
         """Median of all calls, in seconds."""
-        rounds = self.record["peers"][peer]["rounds"]
+        rounds: list[list[float]] = self.record["peers"][peer]["rounds"]
         return statistics.median(seconds for turn in rounds for seconds in turn)
 
     def ratio(self, peer: str) -> float | None:
