@@ -135,7 +135,7 @@ def _dots(
 
 def _rows(axes: Axes, labels: Sequence[str]) -> None:
     axes.set_yticks([-i for i in range(len(labels))], labels)
-    axes.set_ylim(0.6 - len(labels), 0.6)
+    axes.set_ylim(0.6 - max(1, len(labels)), 0.6)
     axes.tick_params(axis="y", length=0)
 
 

@@ -1,5 +1,6 @@
 """The command line: what it prints, what it refuses, and how it ends."""
 
+import json
 import os
 import signal
 import subprocess
@@ -90,7 +91,7 @@ def test_help_names_every_command_and_loads_no_compiler():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
     text, modules = done.stdout.rsplit("\n", 2)[0], done.stdout.split()
-    for command in ("demo", "info", "explain", "check"):
+    for command in ("demo", "info", "explain", "check", "bench"):
         assert f" {command} " in text
     assert not {"numba", "hypothesis"} & set(modules)
 
@@ -325,3 +326,49 @@ def test_check_judges_a_function():
     done = invoke("check", "fusedattn:attention", "--examples", "2", "--laws", "finite_in")
     assert done.exit_code == 0, done.output
     assert invoke("check", "--no-such-option").exit_code == 2
+
+
+# --- bench ------------------------------------------------------------------------------------
+
+
+def test_bench_runs_from_a_checkout():
+    done = invoke("bench", "--list", "--case", "decode/*mixed*/float16")
+    assert done.exit_code == 0, done.output
+    assert done.output.startswith("decode/32,32-8,mixed,128/q1/float16: Llama 3 8B")
+    assert "--rounds" in invoke("bench", "--help").output
+
+
+def test_bench_measures_writes_and_reports(tmp_path):
+    file = tmp_path / "results.json"
+    arguments = ("--case", "tiny/*/float32", "--peer", "numpy", "--rounds", "2", "--threads", "1")
+    status, out, err = run("bench", *arguments, "--json", str(file))
+    assert (status, err) == (0, "")
+    assert "tiny/1,1,16,64/full/float32" in out
+    assert "naive NumPy" in out
+    found = json.loads(file.read_text())
+    assert found["about"]["threads"] == 1
+    assert {"commit", "dirty", "machine", "versions"} <= set(found["about"])
+    (case,) = found["cases"]
+    assert {name: len(peer["rounds"]) for name, peer in case["peers"].items()} == {
+        "fused": 2,
+        "numpy": 2,
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("--case", "nothing like it"), "no case has such a name"), (("--peer", "abacus"), "abacus")],
+)
+def test_bench_refuses_what_it_does_not_know(arguments, message):
+    done = invoke("bench", *arguments)
+    assert done.exit_code == 2
+    assert message in plain(done.output)
+
+
+def test_bench_says_that_it_needs_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.setattr(fusedattn, "__file__", str(tmp_path / "fusedattn/__init__.py"))
+    done = invoke("bench", "--quick")
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    assert "bench needs a checkout of the repository" in done.stderr
+    assert done.stderr.count("\n") == 1
