@@ -77,6 +77,18 @@ def goals(results: Results) -> str:
     return table(headings, [goal.cells(results) for goal in GOALS])
 
 
+def shape(entry: Entry) -> str:
+    """Return the shape of a case as people write it.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace
+    >>> shape(SimpleNamespace(shape="1,32-8,2048,128"))
+    '(1,32/8,2048,128)'
+    """
+    return f"({entry.shape.replace('-', '/')})"
+
+
 def _cell(ratio: float | None, medians: float | None) -> str:
     return NOTHING if ratio is None or medians is None else f"{ratio:.2f} ({medians:.2f})"
 
@@ -95,7 +107,7 @@ def cases(results: Results, *groups: str) -> str:
 
 
 def _case_row(entry: Entry, peers: Sequence[str]) -> list[str]:
-    label = f"{entry.shape} {entry.variant}"
+    label = f"{shape(entry)} {entry.variant}"
     if not entry.measured(OURS):
         return [label, entry.dtype, entry.note(OURS) or "", *[""] * (len(peers) + 4)]
     cells = [label, entry.dtype, seconds(entry.best()), seconds(entry.median())]
@@ -114,7 +126,7 @@ def _missing(entries: Sequence[Entry]) -> str:
         for name in OTHERS:
             note = entry.note(name)
             if note is not None:
-                reasons.setdefault((name, note), []).append(f"{entry.shape} {entry.dtype}")
+                reasons.setdefault((name, note), []).append(f"{shape(entry)} {entry.dtype}")
     lines = []
     for (name, note), where in reasons.items():
         places = sorted(set(where))
@@ -143,11 +155,10 @@ def startup(results: Results) -> str:
         "cold": "first call, nothing compiled yet",
         "cached": "first call, from the cache on disk",
     }
-    rows = [
-        [text, seconds(statistics.median(times[name])), seconds(min(times[name])),
-         str(len(times[name]))]
-        for name, text in names.items()
-    ]  # fmt: skip
+    rows = []
+    for name, text in names.items():
+        median, fewest = statistics.median(times[name]), min(times[name])
+        rows.append([text, seconds(median), seconds(fewest), str(len(times[name]))])
     return table(["", "median", "fastest", "processes"], rows)
 
 
@@ -182,19 +193,16 @@ def growth(results: Results) -> str:
         best = fastest(entry["rounds"])
         peak = entry["work"] / fastest(entry["machine"])
         rate = entry["flops"] / best
-        shape = entry["name"].split("/")[1]
-        rows.append(
-            [shape, str(entry["threads"]), seconds(best), f"{rate / 1e9:.0f}",
-             f"{rate / peak:.2f}"]
-        )  # fmt: skip
+        name, threads = entry["name"].split("/")[1], str(entry["threads"])
+        rows.append([name, threads, seconds(best), f"{rate / 1e9:.0f}", f"{rate / peak:.2f}"])
     return table(["(B,H,S,D), full, float32", "threads", "fastest", "GFLOP/s", "FMA peak"], rows)
 
 
 PICTURES = {
     "speed": "Time of PyTorch, ONNX Runtime, JAX and naive NumPy over that of fusedattn, for every "
     "prefill shape in float32, full and causal",
-    "peak": "Part of the machine that fusedattn uses: of the multiply-add peak for prefill, of the "
-    "streaming-read rate for decode, by case and dtype",
+    "peak": "Part of the machine that fusedattn, PyTorch and ONNX Runtime use in float32: of the "
+    "multiply-add peak for prefill, of the streaming-read rate for decode, case by case",
     "time": "Time of one call against the length, fusedattn and its peers, on logarithmic axes",
     "memory": "Memory beyond inputs and output against the length: naive attention grows with the "
     "square, fused attention stays flat",
@@ -220,8 +228,8 @@ def summary(results: Results) -> str:
     """For the README: a sentence and the pictures."""
     about = results.about
     said = [
-        f"Measured on {about['threads']} thread(s) of an {about['machine']['cpu']} "
-        f"({about['machine']['vector_unit']})."
+        f"Measured on {about['threads']} thread(s): {about['machine']['cpu']}, "
+        f"{about['machine']['vector_unit']}."
     ]
     prefill = results.of("prefill", dtype="float32")
     for name in OTHERS:

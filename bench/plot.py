@@ -15,7 +15,7 @@ import matplotlib
 import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, PercentFormatter
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
@@ -89,7 +89,7 @@ def _plain(axes: Axes, theme: Theme, grid: Literal["x", "both"]) -> None:
     axes.tick_params(which="both", color=theme.faint, labelcolor=theme.text)
     axes.grid(visible=True, axis=grid, color=theme.faint, linewidth=0.6)
     axes.set_axisbelow(True)
-    for label in (axes.title, axes.xaxis.label, axes.yaxis.label):
+    for label in (axes.xaxis.label, axes.yaxis.label):
         label.set_color(theme.text)
 
 
@@ -151,13 +151,13 @@ def speed(results: Results, theme: Theme) -> Figure:
         entries = [entry for entry in prefill if entry.variant == variant]
         for peer in _measured(prefill, ours=False):
             _dots(axes, theme, entries, peer, Entry.ratio)
-        axes.axvline(1.0, color=theme.colours[OURS], linewidth=1.6)
+        axes.axvline(1.0, color=theme.colours[OURS], linewidth=2.2, label=PEERS[OURS].title)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(_times))
-        axes.set_xticks([1, 2, 5, 10, 20, 50])
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_minor_formatter(NullFormatter())
-        _rows(axes, [f"({entry.shape.replace('-', '/')})" for entry in entries])
-        axes.set_title(f"{variant}, float32", loc="left")
+        _rows(axes, [markdown.shape(entry) for entry in entries])
+        axes.set_title(f"{variant}, float32", loc="left", color=theme.text)
         axes.set_xlabel("time, fusedattn = 1")
         _plain(axes, theme, "both")
     panels[1].set_yticklabels([])
@@ -168,7 +168,7 @@ def speed(results: Results, theme: Theme) -> Figure:
 def peak(results: Results, theme: Theme) -> Figure:
     """Part of what the machine can do: prefill on the left, decode on the right."""
     figure, panels = _figure(9.0, 4.6, 2)
-    kinds = {"prefill": "prefill: of the FMA peak", "decode": "decode: of the streaming-read rate"}
+    kinds = {"prefill": "prefill: of the FMA peak", "decode": "decode: of the read rate"}
     for axes, (group, title) in zip(panels, kinds.items(), strict=True):
         entries = results.of(group, dtype="float32")
         own = [entry.fraction() if entry.measured(OURS) else 0.0 for entry in entries]
@@ -179,9 +179,9 @@ def peak(results: Results, theme: Theme) -> Figure:
         axes.axvline(1.0, color=theme.text, linewidth=0.8)
         axes.set_xlim(left=0.0)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-        names = [f"({entry.shape.replace('-', '/')}) {entry.variant}" for entry in entries]
+        names = [f"{markdown.shape(entry)} {entry.variant}" for entry in entries]
         _rows(axes, names)
-        axes.set_title(f"{title}, float32", loc="left")
+        axes.set_title(title, loc="left", color=theme.text)
         _plain(axes, theme, "x")
     _legend(figure, panels[0], theme)
     return figure
@@ -231,7 +231,7 @@ def memory(results: Results, theme: Theme) -> Figure:
     """Memory beyond inputs and output against the length."""
     entries = results.apart.get("memory", [])
     figure, (axes,) = _figure(6.4, 4.0)
-    for method, peer in (("naive", "numpy"), ("fused", OURS)):
+    for method, peer in (("fused", OURS), ("naive", "numpy")):
         for key, filled in (("bytes", True), ("needed", False)):
             found = [e for e in entries if e["method"] == method and e.get(key) is not None]
             if not found:

@@ -149,9 +149,14 @@ class Worker:
 
     def __init__(self, name: str, threads: int) -> None:
         self.name = name
+        self.threads = threads
+        self._start()
+
+    def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(name, threads, theirs), daemon=True)
+        arguments = (self.name, self.threads, theirs)
+        self._process = context.Process(target=serve, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
 
@@ -161,12 +166,14 @@ class Worker:
         Raises
         ------
         Unsupported
-            What it raised, or that the process has ended.
+            What it raised, or that the process has ended; then a new one is started.
         """
         try:
             self._pipe.send((verb, arguments))
             answer = self._pipe.recv()
         except (EOFError, OSError):
+            self.end()
+            self._start()  # for the next case
             raise Unsupported("its process ended") from None
         if isinstance(answer, Unsupported):
             raise answer

@@ -308,6 +308,7 @@ def test_workers_are_processes_that_answer_and_end():
         started["numpy"].end()
         with pytest.raises(Unsupported, match="its process ended"):
             started["numpy"].ask("turn")
+        assert started["numpy"].ask("forget") is None, "a new process serves the next case"
     assert found["machine"]["probe"] == "fma"
     for name in ("fused", "numpy"):
         entry = found["peers"][name]

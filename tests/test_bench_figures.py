@@ -200,7 +200,7 @@ def test_every_table_has_as_many_cells_in_each_row(name):
     assert text.strip()
     if name == "prefill":
         assert "wrong: something" in text
-        assert "- JAX: it rains (1,8,512,64 float32)" in text
+        assert "- JAX: it rains ((1,8,512,64) float32)" in text
         assert "| 2.00 (2.00) |" in text
 
 
