@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import matplotlib
 import typer
@@ -82,12 +82,12 @@ def _figure(width: float, height: float, panels: int = 1, **options: Any) -> tup
     return figure, figure.subplots(1, panels, squeeze=False, **options)[0]
 
 
-def _plain(axes: Axes, theme: Theme, grid: Literal["x", "both"]) -> None:
+def _plain(axes: Axes, theme: Theme) -> None:
     """Colour everything that is no data, and keep it behind the data."""
     for spine in axes.spines.values():
         spine.set_color(theme.faint)
     axes.tick_params(which="both", color=theme.faint, labelcolor=theme.text)
-    axes.grid(visible=True, axis=grid, color=theme.faint, linewidth=0.6)
+    axes.grid(visible=True, color=theme.faint, linewidth=0.6)
     axes.set_axisbelow(True)
     for label in (axes.xaxis.label, axes.yaxis.label):
         label.set_color(theme.text)
@@ -159,7 +159,7 @@ def speed(results: Results, theme: Theme) -> Figure:
         _rows(axes, [markdown.shape(entry) for entry in entries])
         axes.set_title(f"{variant}, float32", loc="left", color=theme.text)
         axes.set_xlabel("time, fusedattn = 1")
-        _plain(axes, theme, "both")
+        _plain(axes, theme)
     panels[1].set_yticklabels([])
     _legend(figure, panels[0], theme)
     return figure
@@ -171,18 +171,15 @@ def peak(results: Results, theme: Theme) -> Figure:
     kinds = {"prefill": "prefill: of the FMA peak", "decode": "decode: of the read rate"}
     for axes, (group, title) in zip(panels, kinds.items(), strict=True):
         entries = results.of(group, dtype="float32")
-        own = [entry.fraction() if entry.measured(OURS) else 0.0 for entry in entries]
-        rows = [-i for i in range(len(entries))]
-        axes.barh(rows, own, 0.6, color=theme.colours[OURS], label=PEERS[OURS].title)
-        for peer in ("torch", "onnxruntime"):
+        for peer in ("torch", "onnxruntime", OURS):
             _dots(axes, theme, entries, peer, Entry.fraction)
-        axes.axvline(1.0, color=theme.text, linewidth=0.8)
+        axes.axvline(1.0, color=theme.text, linewidth=1.2)
         axes.set_xlim(left=0.0)
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         names = [f"{markdown.shape(entry)} {entry.variant}" for entry in entries]
         _rows(axes, names)
         axes.set_title(title, loc="left", color=theme.text)
-        _plain(axes, theme, "x")
+        _plain(axes, theme)
     _legend(figure, panels[0], theme)
     return figure
 
@@ -222,7 +219,7 @@ def time(results: Results, theme: Theme) -> Figure:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 1e3:g}"))
     axes.set_ylabel("milliseconds")
     _length_axis(axes, [entry.record["seqlen_k"] for entry in entries])
-    _plain(axes, theme, "both")
+    _plain(axes, theme)
     _legend(figure, axes, theme)
     return figure
 
@@ -249,7 +246,7 @@ def memory(results: Results, theme: Theme) -> Figure:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: binary_size(value)))
     axes.set_ylabel("memory beyond inputs and output")
     _length_axis(axes, sorted({entry["seqlen"] for entry in entries}))
-    _plain(axes, theme, "both")
+    _plain(axes, theme)
     _legend(figure, axes, theme)
     return figure
 

@@ -1,5 +1,6 @@
 """What is made of results: statistics, goals, tables, pictures; no figure is typed by hand."""
 
+import doctest
 import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -18,6 +19,13 @@ ROOT = Path(fusedattn.__file__).parents[1]
 def goal(text):
     (found,) = (g for g in goals.GOALS if g.text == text)
     return found
+
+
+@pytest.mark.parametrize("module", [markdown, results])
+def test_examples_in_the_documentation_hold(module):
+    failed, attempted = doctest.testmod(module)
+    assert attempted > 0
+    assert failed == 0
 
 
 # --- reading --------------------------------------------------------------------------------------
