@@ -1,23 +1,16 @@
 """The benchmark: what it measures, that it checks first, and how it counts."""
 
 import dataclasses
-import math
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import fusedattn
-from bench import apart, measure, roofline, verify, workers
+from bench import measure, verify, workers
 from bench.cases import DTYPES, PREFILL, QUICK, Case, all_cases, select
 from bench.peers import PEERS, Unsupported, Way, fused
-from fusedattn.cpu.tile import host_isa
 from fusedattn.testing.rows import attended
-
-ROOT = Path(fusedattn.__file__).parents[1]
 
 # One of each kind of case, small: name, sizes (batch, heads, heads_kv, seqlen_q, seqlen_k, dim).
 SMALL = {
@@ -316,85 +309,3 @@ def test_workers_are_processes_that_answer_and_end():
         assert [len(turn) > 0 for turn in entry["rounds"]] == [True, True]
         assert 0 < entry["rms"] < 1e-6
     assert len(own[0]["rounds"]) == len(own[0]["machine"]) == 1
-
-
-# --- the machine ----------------------------------------------------------------------------------
-
-
-def test_the_read_loop_reads_every_byte_once():
-    _, read, _ = roofline._loops()
-    step = roofline.STREAMS * roofline.STREAM_VECTORS * host_isa().vector_bytes
-    words = np.random.default_rng(0).integers(0, 2**32, 37 * step // 4 + 1024, np.uint32)
-    start = -(-words.ctypes.data // 4096) * 4096 - words.ctypes.data
-    words = words[start // 4 :][: 37 * step // 4]
-    assert read(words.ctypes.data, 37) == int(np.bitwise_xor.reduce(words))
-
-
-def test_the_multiply_adds_are_all_done():
-    fma, *_ = roofline._loops()
-    # Every sum x -> x / 2 + 1 ends at 2.
-    assert fma(64, 0.5, 1.0) == 2.0 * roofline._sums()
-    assert fma(1, 0.5, 1.0) == math.fsum(i / 2 + 1 for i in range(roofline._sums()))
-
-
-@pytest.mark.skipif(host_isa().vector_bytes == 16, reason="written for x86-64 with AVX2 or more")
-def test_the_loop_of_multiply_adds_has_nothing_else_in_it():
-    lines = [
-        line.split("#")[0].strip() for line in roofline.compile_loops(assembly=True).split("\n")
-    ]
-    adds = [i for i, line in enumerate(lines) if line.startswith("vfmadd")]
-    assert len(adds) == roofline._sums()
-    body = lines[adds[0] : adds[-1] + 1]
-    others = [line for line in body if line and not line.startswith("vfmadd")]
-    assert len(others) <= 2, others  # the counter
-    assert not [line for line in body if "(" in line], "it must stay in registers"
-
-
-def test_probes_do_the_work_that_they_say():
-    probe = roofline.read_probe(2, 2**20)
-    assert probe.work == 2**20
-    assert len(probe.call()) == 2
-    assert roofline.probe_for(small("decode"), 1).kind == "read"
-    assert roofline.probe_for(small("full"), 1).kind == "fma"
-
-
-# --- what stands apart ----------------------------------------------------------------------------
-
-
-def test_memory_is_not_risked(monkeypatch):
-    monkeypatch.setattr(apart, "available_memory", lambda: 1000)
-    asked = []
-
-    def measured(method, seqlen, heads, head_dim):
-        asked.append(method)
-        raise apart.MeasurementFailed("no luck")
-
-    monkeypatch.setattr(apart, "measure_apart", measured)
-    found = list(apart.memory((16, 32)))
-    assert asked == ["fused", "fused"]
-    assert [entry["note"] for entry in found[:2]] == ["no luck", "no luck"]
-    assert found[2]["needed"] == 3 * 8 * 16 * 16 * 4
-
-
-@pytest.mark.deep
-def test_starting_up_is_measured_in_fresh_processes(monkeypatch):
-    monkeypatch.setattr(apart, "COLD", 1)
-    times = apart.startup()
-    assert {name: len(found) for name, found in times.items()} == {
-        "import": 5,
-        "cold": 1,
-        "cached": 5,
-    }
-    assert min(times["cold"]) > max(times["cached"]) > min(times["import"]) > 0
-
-
-def test_as_a_script_it_names_its_cases():
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "bench/run.py"), "--list", "--case", "tiny"],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd="/",
-    )
-    names = [line.split(": ")[0] for line in done.stdout.splitlines()]
-    assert names == [f"tiny/1,1,16,64/full/{dtype}" for dtype in DTYPES]
