@@ -14,6 +14,7 @@ import onnxruntime
 from onnx import TensorProto, helper
 
 from bench.cases import Array, Case, Inputs
+from bench.peers import scores_fit
 
 MICROSOFT = "com.microsoft"
 
@@ -104,11 +105,14 @@ def ways(case: Case, inputs: Inputs, threads: int) -> dict[str, Run]:
 
 
 def _ways(case: Case, inputs: Inputs, threads: int) -> Iterator[tuple[str, Run]]:
-    yield "Attention", (_attention(case, inputs, threads), np.asarray)
-    if case.heads == case.heads_kv and case.window_size is None and case.operand != "mask":
-        aligned = not case.causal or case.seqlen_q == case.seqlen_k
-        if aligned:
-            yield "MultiHeadAttention", (_multi_head(case, inputs, threads), _split(case))
+    stored = scores_fit(case)  # what is not fused writes all scores
+    if stored:
+        yield "Attention", (_attention(case, inputs, threads), np.asarray)
+    plain = not (case.causal or case.lengths or case.operand)
+    sayable = case.window_size is None and case.operand != "mask"
+    aligned = not case.causal or case.seqlen_q == case.seqlen_k
+    if case.heads == case.heads_kv and sayable and aligned and (stored or plain):
+        yield "MultiHeadAttention", (_multi_head(case, inputs, threads), _split(case))
     is_causal = case.causal or (case.seqlen_q == 1 and case.window_size is None)
     if is_causal and not case.operand:
         yield "GroupQueryAttention", (_group_query(case, inputs, threads), _split(case))

@@ -53,12 +53,19 @@ class Peer(NamedTuple):
         return None if found else f"the package {self.package} is not installed"
 
 
-def _scores_must_fit(case: Case) -> None:
-    """Refuse a case whose scores in float32, three times, would not fit into memory."""
-    needed = 3 * 4 * case.batch * case.heads * case.seqlen_q * case.seqlen_k
+def scores_fit(case: Case) -> bool:
+    """Whether all scores in float32, three times, fit into memory."""
     available = available_memory()
-    if available is not None and needed > SAFE_SHARE * available:
-        raise Unsupported(f"its scores take {binary_size(needed)} of memory")
+    return available is None or _scores_bytes(case) <= SAFE_SHARE * available
+
+
+def _scores_bytes(case: Case) -> int:
+    return 3 * 4 * case.batch * case.heads * case.seqlen_q * case.seqlen_k
+
+
+def _scores_must_fit(case: Case) -> None:
+    if not scores_fit(case):
+        raise Unsupported(f"its scores take {binary_size(_scores_bytes(case))} of memory")
 
 
 def _every_row(case: Case, mask: Bool | None) -> Bool | None:
@@ -115,7 +122,7 @@ def torch_sdpa(case: Case) -> Ways:
 
 
 def jax_nn(case: Case) -> Ways:
-    """JAX's `dot_product_attention`, compiled, on arrays in its own axis order."""
+    """JAX's `dot_product_attention`, compiled, on arrays in its own axis order: all scores."""
     _scores_must_fit(case)
     import jax
     import jax.numpy as jnp
@@ -179,9 +186,10 @@ def onnx_runtime(case: Case) -> Ways:
     from bench.onnx_operators import ways
 
     threads = int(os.environ["FUSEDATTN_NUM_THREADS"])
-    return {
-        name: Way(call, read) for name, (call, read) in ways(case, case.inputs(), threads).items()
-    }
+    found = ways(case, case.inputs(), threads)
+    if not found:
+        _scores_must_fit(case)
+    return {name: Way(call, read) for name, (call, read) in found.items()}
 
 
 # Ours first: the others are compared with it.

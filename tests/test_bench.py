@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import fusedattn
-from bench import measure, verify, workers
+from bench import measure, peers, verify, workers
 from bench.cases import DTYPES, PREFILL, QUICK, Case, all_cases, select
 from bench.peers import PEERS, Unsupported, Way, fused
 from fusedattn.testing.rows import attended
@@ -309,3 +309,16 @@ def test_workers_are_processes_that_answer_and_end():
         assert [len(turn) > 0 for turn in entry["rounds"]] == [True, True]
         assert 0 < entry["rms"] < 1e-6
     assert len(own[0]["rounds"]) == len(own[0]["machine"]) == 1
+
+
+@pytest.mark.parametrize("peer", ["jax", "numpy", "onnxruntime"])
+def test_who_stores_all_scores_is_not_asked_where_they_do_not_fit(monkeypatch, peer):
+    pytest.importorskip(PEERS[peer].package)
+    monkeypatch.setenv("FUSEDATTN_NUM_THREADS", "1")
+    case = dataclasses.replace(small("bias"), heads=1, heads_kv=1)
+    scores = 3 * 4 * 40 * 40
+    monkeypatch.setattr(peers, "available_memory", lambda: scores)
+    with pytest.raises(Unsupported, match="its scores take 19 KiB of memory"):
+        PEERS[peer].forward(case)
+    monkeypatch.setattr(peers, "available_memory", lambda: 2 * scores)
+    assert PEERS[peer].forward(case)
