@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -41,7 +42,8 @@ def compare(case: Case, workers: Mapping[str, Asked], rounds: int) -> Record:
     for _ in range(rounds):
         _round(entries, workers)
     for worker in workers.values():
-        worker.ask("forget")
+        with contextlib.suppress(Unsupported):  # it has ended, and forgotten everything
+            worker.ask("forget")
     return {"name": case.name, **_facts(case), "machine": machine, "peers": peers}
 
 
@@ -72,7 +74,7 @@ def _prepare(name: str, worker: Asked, case: Case, expected: Truth) -> Record:
 def _round(entries: Mapping[str, Record], workers: Mapping[str, Asked]) -> None:
     """Let everyone who is still in the race take a turn."""
     for name, entry in entries.items():
-        if name not in QUIET and _outclassed(entry, entries.get(OURS)):
+        if entry.get("note") or (name not in QUIET and _outclassed(entry, entries.get(OURS))):
             continue
         try:
             entry["rounds"].append([_rounded(s) for s in workers[name].ask("turn")])
@@ -83,14 +85,11 @@ def _round(entries: Mapping[str, Record], workers: Mapping[str, Asked]) -> None:
 
 
 def _outclassed(entry: Record, ours: Record | None) -> bool:
-    if entry["note"] is not None:
-        return True
     if ours is None or not ours["rounds"] or not entry["rounds"]:
         return False
-    spent = sum(map(sum, entry["rounds"]))
-    return spent > PATIENCE_SECONDS and fastest(entry["rounds"]) > OUTCLASSED * fastest(
-        ours["rounds"]
-    )
+    if sum(map(sum, entry["rounds"])) <= PATIENCE_SECONDS:
+        return False
+    return fastest(entry["rounds"]) > OUTCLASSED * fastest(ours["rounds"])
 
 
 def fastest(rounds: Sequence[Sequence[float]]) -> float:
