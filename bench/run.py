@@ -18,8 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:  # what is measured is this checkout
-    sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT))  # what is measured is this checkout
 
 from bench import apart, machine, results  # noqa: E402
 from bench.cases import QUICK, Case, all_cases, select  # noqa: E402

@@ -1,15 +1,17 @@
 """The benchmark's own loops, what it measures apart, and that it runs as a script."""
 
+import dataclasses
 import math
 import subprocess
 import sys
 from pathlib import Path
 
+import bench_results as made
 import numpy as np
 import pytest
 
 import fusedattn
-from bench import apart, roofline
+from bench import apart, goals, markdown, measure, roofline, workers
 from bench.cases import DTYPES, all_cases, select
 from fusedattn.cpu.tile import host_isa
 
@@ -74,6 +76,39 @@ def test_memory_is_not_risked(monkeypatch):
     assert asked == ["fused", "fused"]
     assert [entry["note"] for entry in found[:2]] == ["no luck", "no luck"]
     assert found[2]["needed"] == 3 * 8 * 16 * 16 * 4
+
+
+def test_growth_is_measured_in_turns_and_counted_per_operation(monkeypatch):
+    sizes = {2048: 64, 16384: 256}
+    (like,) = select(all_cases(), ["prefill/1,12,64,64/full/float32"])
+    monkeypatch.setattr(
+        apart,
+        "_full",
+        lambda length: dataclasses.replace(like, seqlen_q=sizes[length], seqlen_k=sizes[length]),
+    )
+
+    class Asked:
+        def ask(self, verb, *arguments):
+            return getattr(workers.Station("fused", 2), verb)(*arguments)
+
+    run = made.whole([])
+    run.apart["growth"] = found = apart.growth(Asked(), 2, rounds=2)
+    assert [entry["threads"] for entry in found["length"] + found["threads"]] == [2, 2, 1, 2]
+    short, long = found["length"]
+    assert long["flops"] == 16 * short["flops"]
+    assert all(len(entry["rounds"]) == len(entry["machine"]) == 2 for entry in found["length"])
+    each = [measure.fastest(entry["rounds"]) / entry["flops"] for entry in (short, long)]
+    assert goals.growth_with_length(run).value == each[1] / each[0]
+    assert goals.growth_with_threads(run).value > 0
+    assert markdown.growth(run).count("\n") == 5
+
+
+@pytest.mark.deep
+def test_memory_is_measured_in_fresh_processes():
+    found = list(apart.memory((256, 1024)))
+    assert [entry["note"] for entry in found] == [None] * 4
+    naive = {entry["seqlen"]: entry["bytes"] for entry in found if entry["method"] == "naive"}
+    assert naive[1024] > 10 * naive[256] > 0
 
 
 @pytest.mark.deep
