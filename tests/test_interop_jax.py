@@ -94,6 +94,13 @@ def test_jit_changes_nothing():
         np.testing.assert_array_equal(one, other)
 
 
+def test_numpy_arrays_are_read_in_the_types_that_jax_is_set_to():
+    arrays = [np.asarray(x) for x in operands(np.float64)]
+    with jax.enable_x64(False):
+        out = attention(*arrays, window_size=[1, None])
+    assert out.dtype == np.float32
+
+
 def test_lengths_may_be_traced():
     q, k, v = operands()
     run = jax.jit(lambda used: attention(q, k, v, seqused_k=used))

@@ -131,6 +131,13 @@ def test_a_second_derivative_is_refused(loss):
         d_q.sum().backward()
 
 
+def test_functional_gradients_are_the_same():
+    q, k, v = tensors()
+    (expected,) = torch.autograd.grad(attention(q, k, v, causal=True).sum(), q)
+    found = torch.func.grad(lambda q: attention(q, k.detach(), v.detach(), causal=True).sum())(q)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_what_cannot_be_is_said():
     q, k, v = tensors()
     with pytest.raises(ValueError, match="k must be on the CPU, but is on meta"):

@@ -98,7 +98,10 @@ def attention(
     for name, x in operands.items():
         if not _is_array(x):
             raise TypeError(f"{name} must be a jax.Array, but is of type {type(x).__name__}")
+        operands[name] = jax.numpy.asarray(x)  # NumPy's, in the types that JAX is set to
     static = {name: x for name, x in options.items() if name not in operands}
+    if isinstance(static.get("window_size"), list):
+        static["window_size"] = tuple(static["window_size"])  # JAX needs a hash of it
     if static.get("out_dtype") is not None:
         static["out_dtype"] = np.dtype(static["out_dtype"])
     settings = _Settings(

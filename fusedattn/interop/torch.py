@@ -100,50 +100,56 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, names: list[str], settings: dict[str, Any], *tensors: Tensor | None
+        names: list[str], settings: dict[str, Any], *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        ctx.set_materialize_grads(False)
-        arrays = _arrays((*_DIFFERENTIABLE, *names), tensors)
-        result = forward(**arrays, **settings)
+        result = forward(**_arrays((*_DIFFERENTIABLE, *names), tensors), **settings)
         out, lse = result if isinstance(result, tuple) else (result, None)
-        results = _tensor(out), _tensor(lse)
-        ctx.names = names
+        return _tensor(out), _tensor(lse)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Any]) -> None:
+        ctx.names, settings, *tensors = inputs
         ctx.settings = {name: x for name, x in settings.items() if name != "return_lse"}
-        ctx.save_for_backward(*results, *tensors)
-        return results
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output, *tensors)
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         out, lse, *tensors = ctx.saved_tensors
-        arrays = _arrays((*_DIFFERENTIABLE, *ctx.names), tensors)
-        if d_out is None:
-            d_out = torch.zeros_like(out)
         needed = ctx.needs_input_grad[2 : 2 + len(_DIFFERENTIABLE)]
-        found = attention_backward(
-            _array("d_out", d_out),
-            out=_array("out", out),
-            lse=_array("lse", lse),
-            d_lse=None if d_lse is None else _array("d_lse", d_lse),
-            bias_grad=needed[_DIFFERENTIABLE.index("bias")],
-            **arrays,
-            **ctx.settings,
+        d_out = torch.zeros_like(out) if d_out is None else d_out
+        gradients = _Gradient.apply(
+            ctx.names, ctx.settings, needed, d_out, d_lse, out, lse, *tensors
         )
-        gradients = [_tensor(x) if need else None for x, need in zip(found, needed, strict=True)]
-        if torch.is_grad_enabled():  # create_graph=True
-            inputs = [x for x in (d_out, d_lse, *tensors) if x is not None]
-            gradients = [None if x is None else _Once.apply(x, *inputs) for x in gradients]
         return None, None, *gradients, *[None for _ in ctx.names]
 
 
-class _Once(torch.autograd.Function):
-    """Pass a gradient on that depends on the inputs, but cannot be differentiated with them.
+class _Gradient(torch.autograd.Function):
+    """The gradient as a function of its own, which has no derivative and says so.
 
-    Without it a second derivative would silently be taken as zero.
+    Otherwise a second derivative would silently be taken as zero.
     """
 
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, *inputs: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
+    def forward(
+        names: list[str],
+        settings: dict[str, Any],
+        needed: tuple[bool, ...],
+        d_out: Tensor,
+        d_lse: Tensor | None,
+        out: Tensor,
+        lse: Tensor,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        incoming = _arrays(("d_out", "d_lse", "out", "lse"), (d_out, d_lse, out, lse))
+        arrays = _arrays((*_DIFFERENTIABLE, *names), tensors)
+        bias_grad = needed[_DIFFERENTIABLE.index("bias")]
+        found = attention_backward(**incoming, **arrays, bias_grad=bias_grad, **settings)
+        return tuple(_tensor(x) if need else None for x, need in zip(found, needed, strict=True))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
