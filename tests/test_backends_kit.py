@@ -63,8 +63,9 @@ TestBlocked = make_suite(
 
 TestCpu = make_suite(
     on("cpu"),
-    supports=EVERYTHING,
+    supports=EVERYTHING | {"d_lse"},
     dtypes=DTYPES,
+    gradient=gradient_on("cpu"),
     bitwise=True,
     set_threads=fusedattn.set_num_threads,
     max_examples=EXAMPLES,
