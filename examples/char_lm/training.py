@@ -21,7 +21,7 @@ from examples.char_lm.text import Corpus, Tokens, windows
 class Plan(NamedTuple):
     """How to train."""
 
-    steps: int = 600
+    steps: int = 500
     batch: int = 32
     length: int = 128
     rate: float = 4e-3
