@@ -132,10 +132,12 @@ def row_tables(params, t, batch, lane):
 
 @kernel("iiiiiii>")
 def prepare_panel(params, w, t, batch, head, row, count):
-    """Fill the panel block of ``count`` rows from (head, row) on, all but the sum of d_q."""
+    """Fill the panel block of ``count`` rows from (head, row) on."""
     p = backward_at(params)
     fill_lanes(params, t, batch, head, row, count, 1)
     size, lanes = p.real_bytes, p.lanes
+    clear(t + p.at_sum_d_q, p.head_dim * lanes * size)
+    clear(t + p.at_bias_sums, lanes * size)
     num_heads, seqlen_q = p.num_heads, p.seqlen_q
     used_q = get_i64(p.seqused_q, batch)
     rows, heads = t + p.at_row, t + p.at_head
@@ -505,8 +507,9 @@ def walk(params, w, index):
         if n > 0 and last == last_key:
             finish_panel(params, w, t, batch)
         set_release(p.progress + 8 * index, panel + 1)
-    if begun:
-        finish_block(params, w, batch, kv_head, begin, end)
+    if not begun:  # the gradients of keys that nobody sees are 0
+        begin_block(params, w, batch, kv_head, begin, end)
+    finish_block(params, w, batch, kv_head, begin, end)
     return True
 
 
@@ -526,6 +529,8 @@ def prepare(params, w, item):
     head = kv_head * p.group_size + panel % groups * heads + row // seqlen_q
     t = p.panels_at + item * p.panel_bytes
     prepare_panel(params, w, t, batch, head, row % seqlen_q, count)
+    if get_i64(t + p.at_bounds, 0) >= get_i64(t + p.at_bounds, 1):
+        write_d_q(params, w, t)  # zeros: no block of keys will
 
 
 @kernel("ii>")

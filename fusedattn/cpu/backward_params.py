@@ -29,7 +29,7 @@ from fusedattn.cpu.params import (
     in_natural_units,
     lower_scores,
 )
-from fusedattn.cpu.tile import Tile, tile_for
+from fusedattn.cpu.tile import Tile, backward_tile_for
 from fusedattn.problem import AttentionProblem
 
 # How the gradient of the bias is collected.
@@ -108,7 +108,7 @@ Array = NDArray[Any]
 def backward_tile(problem: AttentionProblem) -> Tile:
     """Return the tile shape that serves a problem."""
     rows = _heads_together(problem) * problem.seqlen_q
-    return tile_for(STORAGE_NAME[problem.dtype], STORAGE_NAME[problem.out_dtype], rows)
+    return backward_tile_for(STORAGE_NAME[problem.dtype], STORAGE_NAME[problem.out_dtype], rows)
 
 
 def _heads_together(problem: AttentionProblem) -> int:
@@ -132,9 +132,14 @@ def backward_groups(problem: AttentionProblem, bias_grad: bool) -> list[str]:
     return [group for group, is_needed in needed.items() if is_needed]
 
 
-def keys_per_block(tile: Tile) -> int:
-    """Keys whose gradients one item sums up."""
-    return 96 if tile.bits == 32 else 48
+# Bytes of keys, values and their gradients that an item keeps in a core's own cache.
+_BLOCK_BYTES = 448 * 1024
+
+
+def keys_per_block(problem: AttentionProblem) -> int:
+    """Keys whose gradients one item sums up: a multiple of what register tiles take, 48 to 192."""
+    row = 2 * (problem.head_dim + problem.head_dim_v) * problem.accumulator.itemsize
+    return max(48, min(192, _BLOCK_BYTES // row // 48 * 48))
 
 
 class BackwardCall:
@@ -205,7 +210,7 @@ class BackwardCall:
         fields["panels"], fields["prepare_items"] = panels, heads * panels
         fields["items"] = heads * panels + (heads * blocks if panels else 0)
         size = heads * panels * int(fields["panel_bytes"])
-        memory = np.zeros(size + 64, np.uint8)  # sums of d_q begin at 0
+        memory = np.empty(size + 64, np.uint8)
         self._keep_alive.append(memory)
         fields["panels_at"] = -(-address_of(memory) // 64) * 64
         self.own("progress", np.zeros(heads * blocks, np.int64))
@@ -219,11 +224,8 @@ class BackwardCall:
 
 def _lower_tile(problem: AttentionProblem, tile: Tile, fields: Any) -> None:
     """Shapes of the tiles, and which operands have to be copied as reals first."""
-    fields["width"], fields["lanes"], fields["block_k"] = (
-        tile.width,
-        tile.lanes,
-        keys_per_block(tile),
-    )
+    fields["width"], fields["lanes"] = tile.width, tile.lanes
+    fields["block_k"] = keys_per_block(problem)
     fields["real_bytes"], fields["unseen"] = tile.real_bytes, UNSEEN[tile.bits]
     fields["storage"] = STORAGE_CODE[tile.storage]
     for name in ("k", "v"):

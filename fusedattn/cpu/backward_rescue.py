@@ -65,7 +65,6 @@ def rescue_row(params, w, place):
     batch, kv_head = place // p.seqlen_q // p.num_heads, head // p.group_size
     t, block_k = w + p.at_alone, p.block_k
     prepare_panel(params, w, t, batch, head, row, 1)
-    clear(t + p.at_sum_d_q, p.head_dim * p.lanes * p.real_bytes)
     low, high = get_i64(t + p.at_bounds, 0), get_i64(t + p.at_bounds, 1)
     mask_row, bias_row = row_addresses(params, batch, head, row)
     k_stride = p.keys_stride if p.stage_k else p.k_row

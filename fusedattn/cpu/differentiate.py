@@ -60,7 +60,7 @@ def backward(
     }
     arrays |= {"d_out": d_out, "out": out, "lse": np.ascontiguousarray(lse)}
     arrays["d_lse"] = None if d_lse is None else np.ascontiguousarray(d_lse)
-    d_q, d_k, d_v = (_zeros_like(problem, array) for array in (problem.q, problem.k, problem.v))
+    d_q, d_k, d_v = (_like(problem, array) for array in (problem.q, problem.k, problem.v))
     arrays |= {"d_q": d_q, "d_k": d_k, "d_v": d_v}
     if problem.alibi_slopes is not None:
         slopes = np.broadcast_to(problem.alibi_slopes, problem.lse_shape[:-1])
@@ -185,12 +185,13 @@ def _sees_any(problem: AttentionProblem, batch: tuple[int, ...], head: int, row:
     return bool(visible.any())
 
 
-def _zeros_like(problem: AttentionProblem, array: Array) -> Array:
-    """Zeros in canonical axis order, contiguous in the caller's layout."""
+def _like(problem: AttentionProblem, array: Array) -> Array:
+    """Memory for a gradient: canonical axis order, contiguous in the caller's layout."""
+    make = np.empty if problem.seqlen_q and problem.num_heads else np.zeros  # no rows: no items
     if problem.layout == "bhsd":
-        return np.zeros(array.shape, array.dtype)
+        return make(array.shape, array.dtype)
     *leading, heads, rows, dim = array.shape
-    return np.zeros((*leading, rows, heads, dim), array.dtype).swapaxes(-3, -2)
+    return make((*leading, rows, heads, dim), array.dtype).swapaxes(-3, -2)
 
 
 def _in_float64(problem: AttentionProblem, values: Array) -> NDArray[np.float64]:

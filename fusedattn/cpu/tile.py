@@ -117,9 +117,9 @@ class Tile:
         return max(1, min(4, ITEM_BYTES // panel))
 
 
-# Speed of a panel of so many vectors, relative to the widest: it shares each broadcast among fewer
-# FMAs, and has fewer of them in flight.
-_SPEED = {1: 0.6, 2: 0.95, 3: 1.0}
+# Speed of a panel of so many vectors, relative to three: it shares each broadcast among fewer FMAs,
+# and has fewer of them in flight.
+_SPEED = {1: 0.6, 2: 0.95, 3: 1.0, 4: 1.02}
 
 
 def tile_for(storage: str, out_storage: str, rows: int = 4096, isa: Isa | None = None) -> Tile:
@@ -129,15 +129,36 @@ def tile_for(storage: str, out_storage: str, rows: int = 4096, isa: Isa | None =
     the width of the panel moves no bit.
     """
     isa = isa or host_isa()
-    width = isa.vector_bytes // (8 if storage == "float64" else 4)
     # rows * vectors accumulators, one row of the panel and a broadcast must fit the registers.
     # LLVM loads the keys of two steps at once on NEON, which takes some more.
     most, rows_in_registers = (3, 8) if isa.registers == 32 else (2, 6)
     if isa.vector_bytes == 16:
         rows_in_registers = 6
+    width = _width(storage, isa)
+    vectors = _vectors(rows, width, most)
+    return Tile(storage, out_storage, width, vectors, rows_in_registers, BLOCK_K)
+
+
+def backward_tile_for(
+    storage: str, out_storage: str, rows: int = 4096, isa: Isa | None = None
+) -> Tile:
+    """Return the tile of the backward pass, whose products over queries want wide panels."""
+    isa = isa or host_isa()
+    width = _width(storage, isa)
+    vectors = _vectors(rows, width, 4)
+    if isa != AVX512 or vectors < 4:
+        return tile_for(storage, out_storage, rows, isa)
+    return Tile(storage, out_storage, width, vectors, 6, BLOCK_K)
+
+
+def _width(storage: str, isa: Isa) -> int:
+    return isa.vector_bytes // (8 if storage == "float64" else 4)
+
+
+def _vectors(rows: int, width: int, most: int) -> int:
+    """Vectors per panel, at most so many, with which the rows take the least time."""
 
     def cost(vectors: int) -> float:
         return -(-rows // (vectors * width)) * vectors / _SPEED[vectors]
 
-    vectors = min(range(most, 0, -1), key=cost)
-    return Tile(storage, out_storage, width, vectors, rows_in_registers, BLOCK_K)
+    return min(range(most, 0, -1), key=cost)
