@@ -123,7 +123,7 @@ def test_zero_has_one_sign():
     out, lse = fusedattn.attention(q, k, v, return_lse=True)
     for sign in (1.0, -1.0):
         d_out = np.full_like(out, sign * 0.0)
-        for options in ({}, {"causal": True}, {"dropout_p": 0.5, "seed": 1}):
+        for options in ({}, {"causal": True}, {"dropout_p": 0.5, "seed": 1}, {"scale": -1.0}):
             found = attention_backward(d_out, q, k, v, out, lse, **options)
             for gradient in found[:3]:
                 assert not np.signbit(gradient).any()

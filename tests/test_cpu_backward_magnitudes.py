@@ -102,6 +102,25 @@ def test_large_scores_equal_the_reference(isa, size, forward):
                 assert_within(got, want, allowed, name=name)
 
 
+@each_isa
+@pytest.mark.parametrize("size", [2.0**15, 2.0**30, 2.0**50])
+def test_large_products_that_cancel_leave_the_gradients_finite(isa, size):
+    """The logits are small, but off by any number: the lse of exact ones cannot bound them."""
+    q, k, v = normal(0, 1, ROWS, DIM), normal(1, 1, KEYS, DIM), normal(2, 1, KEYS, 5)
+    q[..., :4], k[..., :4] = size * q[..., :4], size * k[..., :4]
+    q[..., 4:], k[..., 4:] = q[..., :4], -k[..., :4]
+    k[..., 4:] *= 1 + 2.0**-20
+    for options in ({}, {"causal": True}):
+        problem = make_problem(q, k, v, **options)
+        out, lse = attention(q, k, v, **options, return_lse=True, backend="reference")
+        d_out = normal(3, *out.shape)
+        found = gradient_on(isa)(d_out, q, k, v, out, lse, **options)
+        expected, budget = reference.backward(problem, d_out), backward_budget(problem, d_out)
+        for got, want, allowed in zip(found[:3], expected[:3], budget[:3], strict=True):
+            assert np.isfinite(got).all()
+            assert_within(got, want, allowed)
+
+
 def fullness(q, k, v, d_out, out, d_lse, scale):
     """How much of the stated domain is used; gradients are finite up to 1."""
     a = [np.abs(x.astype(np.float64)) for x in (q, k, v, d_out, out, d_lse)]

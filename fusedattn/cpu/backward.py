@@ -1,9 +1,9 @@
 """The backward pass: the macro loops around the micro-kernels.
 
-Weights are recomputed, never stored. First every panel of rows gets its *panel block* (lane tables,
-packed queries and d_out, ``delta = rowsum(d_out * out) - d_lse``, a sum of d_q that begins at 0).
-Then one item is (block of keys, batch item, KV head): it walks the panels of all query heads that
-read this KV head, and for each tile
+Weights are recomputed, never stored. One item is (block of keys, batch item, KV head): it walks the
+panels of all query heads that read this KV head. The first item of a KV head fills the *panel block*
+of each panel before it goes on: lane tables, packed queries and d_out, a sum of d_q that begins at
+0, and ``delta = rowsum(d_out * out) - d_lse``. Then, for each tile,
 
     P = weights of the scores        dP = V d_out^T        dS = P * (dP - delta)
     dV += P d_out                    dK += dS Q            dQ^T += K^T dS
@@ -32,7 +32,6 @@ import numpy as np
 from fusedattn.cpu.backward_params import (
     EACH_ENTRY,
     NO_BIAS,
-    PREPARED,
     SUM_OVER_KEYS,
     SUM_OVER_ROWS,
     backward_at,
@@ -208,7 +207,7 @@ def weigh_anew(params, w, t, batch, kv_head, count):
         first, last = larger(block, low), smaller(block + block_k, high)
         keys, stride, n = k + first * p.k_row, p.k_row, last - first
         if p.stage_k:
-            copied = w + p.at_keys
+            copied = w + p.at_seen_keys
             stage(p.run_stage, copied, p.keys_stride, keys, stride, p.k_dim, n, p.head_dim, 0)
             keys, stride = copied, p.keys_stride
         if scores_of_tile(params, w, t, first, n, keys, stride) & 3 != NONE_SEEN:
@@ -374,7 +373,7 @@ def wait_for_turn(params, index, panel):
     of its heads.
     """
     p = backward_at(params)
-    heads = p.prepare_items // p.panels
+    heads = p.heads_in_all
     if index >= heads and not wait_until(params, p.progress + 8 * (index - heads), panel + 1):
         return False
     if p.bias_in_turn and index % heads:
@@ -464,12 +463,30 @@ def finish_block(params, w, batch, kv_head, begin, end):
             set_u8(p.bad_keys, place + j, 1)
 
 
+@kernel("iiiiii>")
+def prepare(params, w, batch, kv_head, panel, t):
+    """Fill one panel block of the call.
+
+    The panels of a KV head go through all of its query heads, or groups of them, before they go on
+    to further rows.
+    """
+    p = backward_at(params)
+    lanes, seqlen_q, heads = p.lanes, p.seqlen_q, p.heads_per_item
+    groups = p.group_size // heads
+    row = panel // groups * lanes
+    count = smaller(lanes, heads * seqlen_q - row)
+    head = kv_head * p.group_size + panel % groups * heads + row // seqlen_q
+    prepare_panel(params, w, t, batch, head, row % seqlen_q, count)
+    if get_i64(t + p.at_bounds, 0) >= get_i64(t + p.at_bounds, 1):
+        write_d_q(params, w, t)  # zeros: no block of keys will
+
+
 @kernel("iii>b")
 def walk(params, w, index):
     """One block of keys against all panels of the heads that read it. False if told to stop."""
     p = backward_at(params)
     panels, kv_heads, block_k = p.panels, p.num_heads_kv, p.block_k
-    heads = p.prepare_items // panels
+    heads = p.heads_in_all
     block, batch, kv_head = index // heads, index % heads // kv_heads, index % kv_heads
     begin, end = block * block_k, smaller((block + 1) * block_k, p.seqlen_k)
     keys, k_stride = w + p.at_keys, p.keys_stride
@@ -485,6 +502,10 @@ def walk(params, w, index):
         if get_atomic(params + COUNTER) >= STOP:
             return False
         t = p.panels_at + (index % heads * panels + panel) * p.panel_bytes
+        if block == 0:
+            prepare(params, w, batch, kv_head, panel, t)
+        elif not wait_until(params, p.progress + 8 * (index % heads), panel + 1):
+            return False
         last_key = get_i64(t + p.at_bounds, 1)
         first, last = larger(begin, get_i64(t + p.at_bounds, 0)), smaller(end, last_key)
         found, n, at_k = NONE_SEEN, last - first, keys + (first - begin) * k_stride
@@ -513,26 +534,6 @@ def walk(params, w, index):
     return True
 
 
-@kernel("iii>")
-def prepare(params, w, item):
-    """Fill one panel block of the call.
-
-    The panels of a KV head go through all of its query heads, or groups of them, before they go on
-    to further rows.
-    """
-    p = backward_at(params)
-    lanes, seqlen_q, heads = p.lanes, p.seqlen_q, p.heads_per_item
-    groups, place, panel = p.group_size // heads, item // p.panels, item % p.panels
-    batch, kv_head = place // p.num_heads_kv, place % p.num_heads_kv
-    row = panel // groups * lanes
-    count = smaller(lanes, heads * seqlen_q - row)
-    head = kv_head * p.group_size + panel % groups * heads + row // seqlen_q
-    t = p.panels_at + item * p.panel_bytes
-    prepare_panel(params, w, t, batch, head, row % seqlen_q, count)
-    if get_i64(t + p.at_bounds, 0) >= get_i64(t + p.at_bounds, 1):
-        write_d_q(params, w, t)  # zeros: no block of keys will
-
-
 @kernel("ii>")
 def fill_constants(params, w):
     """Rows of lanes that hold one number."""
@@ -543,19 +544,13 @@ def fill_constants(params, w):
 
 
 def backward_worker(params, scratch):
-    """Take items until none are left: panels to prepare, then blocks of keys to walk."""
+    """Take items until none are left."""
     p = backward_at(params)
     fill_constants(params, scratch)
-    counter, items, panels = params + COUNTER, p.items, p.prepare_items
+    counter, items = params + COUNTER, p.items
     item = add_atomic(counter, 1)
-    while item < panels:
-        prepare(params, scratch, item)
-        add_atomic(params + PREPARED, 1)
-        item = add_atomic(counter, 1)
-    if item >= items or not wait_until(params, params + PREPARED, panels):
-        return 0
     while item < items:
-        if not walk(params, scratch, item - panels):
+        if not walk(params, scratch, item):
             break
         item = add_atomic(counter, 1)
     return 0

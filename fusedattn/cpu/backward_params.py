@@ -57,9 +57,8 @@ _SCRATCH = (
 
 _FIRST = PARAMS.names or ()
 _INTEGERS = [
-    "prepare_items",  # items that fill a panel block each, before all others
-    "prepared",  # how many of them are done
     "num_heads_kv",
+    "heads_in_all",  # KV heads of all batch items
     "panels_at",
     "panel_bytes",
     *(
@@ -100,7 +99,6 @@ BACKWARD = np.dtype(
 )
 # In a kernel: the record at an address, its fields as attributes.
 backward_at = view_as(from_dtype(BACKWARD))
-PREPARED = BACKWARD.fields["prepared"][1] if BACKWARD.fields else 0
 
 Array = NDArray[Any]
 
@@ -200,15 +198,15 @@ class BackwardCall:
             self.own(name, getattr(problem, name))
 
     def _lower_items(self, problem: AttentionProblem, fields: Any) -> None:
-        """Cut the work: a panel of rows to prepare, then a block of keys of one KV head."""
+        """Cut the work into blocks of keys of one KV head."""
         heads = problem.batch_size * problem.num_heads_kv
         together = _heads_together(problem)
         groups = problem.group_size // together
         panels = groups * -(-together * problem.seqlen_q // int(fields["lanes"]))
-        fields["heads_per_item"] = together
-        blocks = -(-problem.seqlen_k // int(fields["block_k"]))
-        fields["panels"], fields["prepare_items"] = panels, heads * panels
-        fields["items"] = heads * panels + (heads * blocks if panels else 0)
+        # Without keys there still are rows to prepare.
+        blocks = max(1, -(-problem.seqlen_k // int(fields["block_k"])))
+        fields["heads_per_item"], fields["heads_in_all"] = together, heads
+        fields["panels"], fields["items"] = panels, heads * blocks if panels else 0
         size = heads * panels * int(fields["panel_bytes"])
         memory = np.empty(size + 64, np.uint8)
         self._keep_alive.append(memory)
