@@ -1,9 +1,9 @@
 """The backward pass: the macro loops around the micro-kernels.
 
-Weights are recomputed, never stored. One item is (block of keys, batch item, KV head): it walks the
-panels of all query heads that read this KV head. The first item of a KV head fills the *panel block*
-of each panel before it goes on: lane tables, packed queries and d_out, a sum of d_q that begins at
-0, and ``delta = rowsum(d_out * out) - d_lse``. Then, for each tile,
+Weights are recomputed, never stored. One item is (block of keys, batch item, KV head): it walks
+the panels of all query heads that read this KV head. The first item of a KV head fills the *panel
+block* of each panel before it goes on: lane tables, packed queries and d_out, a sum of d_q that
+begins at 0, and ``delta = rowsum(d_out * out) - d_lse``. Then, for each tile,
 
     P = weights of the scores        dP = V d_out^T        dS = P * (dP - delta)
     dV += P d_out                    dK += dS Q            dQ^T += K^T dS
@@ -501,7 +501,9 @@ def walk(params, w, index):
     for panel in range(panels):
         if get_atomic(params + COUNTER) >= STOP:
             return False
-        t = p.panels_at + (index % heads * panels + panel) * p.panel_bytes
+        t = w + p.at_alone
+        if p.panels_at:
+            t = p.panels_at + (index % heads * panels + panel) * p.panel_bytes
         if block == 0:
             prepare(params, w, batch, kv_head, panel, t)
         elif not wait_until(params, p.progress + 8 * (index % heads), panel + 1):

@@ -59,7 +59,7 @@ _FIRST = PARAMS.names or ()
 _INTEGERS = [
     "num_heads_kv",
     "heads_in_all",  # KV heads of all batch items
-    "panels_at",
+    "panels_at",  # 0 if one block of keys is all: threads then have one panel block each
     "panel_bytes",
     *(
         f"{name}{field}"
@@ -207,10 +207,10 @@ class BackwardCall:
         blocks = max(1, -(-problem.seqlen_k // int(fields["block_k"])))
         fields["heads_per_item"], fields["heads_in_all"] = together, heads
         fields["panels"], fields["items"] = panels, heads * blocks if panels else 0
-        size = heads * panels * int(fields["panel_bytes"])
-        memory = np.empty(size + 64, np.uint8)
-        self._keep_alive.append(memory)
-        fields["panels_at"] = -(-address_of(memory) // 64) * 64
+        if blocks > 1:
+            memory = np.empty(heads * panels * int(fields["panel_bytes"]) + 64, np.uint8)
+            self._keep_alive.append(memory)
+            fields["panels_at"] = -(-address_of(memory) // 64) * 64
         self.own("progress", np.zeros(heads * blocks, np.int64))
 
     def restart(self, items: NDArray[np.int64]) -> None:

@@ -15,6 +15,7 @@ from fusedattn.cpu.backward import (
     bend,
     differentiate_tile,
     fill_constants,
+    prepare,
     prepare_panel,
     products,
     stage_rows,
@@ -102,7 +103,11 @@ def rescue_key(params, w, place):
     for panel in range(p.panels):
         if get_atomic(params + COUNTER) >= STOP:
             return False
-        t = p.panels_at + (heads * p.panels + panel) * p.panel_bytes
+        t = w + p.at_alone
+        if p.panels_at:
+            t = p.panels_at + (heads * p.panels + panel) * p.panel_bytes
+        else:
+            prepare(params, w, batch, kv_head, panel, t)
         if key < get_i64(t + p.at_bounds, 0) or key >= get_i64(t + p.at_bounds, 1):
             continue
         found = differentiate_tile(params, w, t, batch, key, 1, keys, 0, values, 0)
