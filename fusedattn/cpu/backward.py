@@ -193,18 +193,18 @@ def weigh_anew(params, w, t, batch, kv_head, count):
     stands.
     """
     p = backward_at(params)
-    size, block_k, lanes = p.real_bytes, p.block_k, p.lanes
+    size, tile_k, lanes = p.real_bytes, p.tile_k, p.lanes
     for lane in range(lanes):
         set_real(w + p.at_row_max, lane, size, p.unseen)
     clear(w + p.at_row_sum, lanes * size)
     low, high = get_i64(t + p.at_bounds, 0), get_i64(t + p.at_bounds, 1)
     k = p.k + get_i64(p.k_offsets, batch)
     k += kv_head * p.k_head
-    block = low // block_k * block_k
-    while block < high:
+    tile = low // tile_k * tile_k
+    while tile < high:
         if get_atomic(params + COUNTER) >= STOP:
             return
-        first, last = larger(block, low), smaller(block + block_k, high)
+        first, last = larger(tile, low), smaller(tile + tile_k, high)
         keys, stride, n = k + first * p.k_row, p.k_row, last - first
         if p.stage_k:
             copied = w + p.at_seen_keys
@@ -214,7 +214,7 @@ def weigh_anew(params, w, t, batch, kv_head, count):
             maxima, sums = w + p.at_row_max, w + p.at_row_sum
             s, alpha = w + p.at_scores_tile, w + p.at_alpha
             weights(p.run_weights, s, n, p.to_log2, maxima, alpha, sums)
-        block += block_k
+        tile += tile_k
     used_q = get_i64(p.seqused_q, batch)
     for lane in range(lanes):
         row, head = get_i32(t + p.at_row, lane), get_i32(t + p.at_head, lane)
@@ -485,7 +485,7 @@ def prepare(params, w, batch, kv_head, panel, t):
 def walk(params, w, index):
     """One block of keys against all panels of the heads that read it. False if told to stop."""
     p = backward_at(params)
-    panels, kv_heads, block_k = p.panels, p.num_heads_kv, p.block_k
+    panels, kv_heads, block_k, tile_k = p.panels, p.num_heads_kv, p.block_k, p.tile_k
     heads = p.heads_in_all
     block, batch, kv_head = index // heads, index % heads // kv_heads, index % kv_heads
     begin, end = block * block_k, smaller((block + 1) * block_k, p.seqlen_k)
@@ -510,24 +510,24 @@ def walk(params, w, index):
             return False
         last_key = get_i64(t + p.at_bounds, 1)
         first, last = larger(begin, get_i64(t + p.at_bounds, 0)), smaller(end, last_key)
-        found, n, at_k = NONE_SEEN, last - first, keys + (first - begin) * k_stride
-        if n > 0:
-            if not begun:
-                begin_block(params, w, batch, kv_head, begin, end)
-                begun = True
-            at_v = values + (first - begin) * v_stride
-            found = differentiate_tile(
-                params, w, t, batch, first, n, at_k, k_stride, at_v, v_stride
-            )
-        if found & 3 != NONE_SEEN and not sum_tile(
-            params, w, t, index, panel, batch, first, n, first - begin
-        ):
-            return False
+        if first < last and not begun:
+            begin_block(params, w, batch, kv_head, begin, end)
+            begun = True
+        key = first
+        while key < last:
+            n, place = smaller(last, (key // tile_k + 1) * tile_k) - key, key - begin
+            at_k, at_v = keys + place * k_stride, values + place * v_stride
+            found = differentiate_tile(params, w, t, batch, key, n, at_k, k_stride, at_v, v_stride)
+            if found & 3 != NONE_SEEN:
+                if not sum_tile(params, w, t, index, panel, batch, key, n, place):
+                    return False
+                if not wait_for_turn(params, index, panel):
+                    return False
+                add_to_d_q(params, w, t, key, n, at_k, k_stride, found >= EACH_KEY_SEEN)
+            key += n
         if not wait_for_turn(params, index, panel):
             return False
-        if found & 3 != NONE_SEEN:
-            add_to_d_q(params, w, t, first, n, at_k, k_stride, found >= EACH_KEY_SEEN)
-        if n > 0 and last == last_key:
+        if first < last == last_key:
             finish_panel(params, w, t, batch)
         set_release(p.progress + 8 * index, panel + 1)
     if not begun:  # the gradients of keys that nobody sees are 0

@@ -57,6 +57,7 @@ _SCRATCH = (
 
 _FIRST = PARAMS.names or ()
 _INTEGERS = [
+    "tile_k",  # keys of a tile; a block holds one or more
     "num_heads_kv",
     "heads_in_all",  # KV heads of all batch items
     "panels_at",  # 0 if one block of keys is all: threads then have one panel block each
@@ -130,14 +131,25 @@ def backward_groups(problem: AttentionProblem, bias_grad: bool) -> list[str]:
     return [group for group, is_needed in needed.items() if is_needed]
 
 
-# Bytes of keys, values and their gradients that an item keeps in a core's own cache.
-_BLOCK_BYTES = 448 * 1024
+# Keys of a tile: their scores, and the gradients of these, stay in the innermost cache.
+TILE_K = 96
+# A block of keys is some tiles. The more, the less often panels are fetched from memory; but keys,
+# values and their gradients have to stay in a core's own cache, and items must not be too few.
+_TILES = (4, 2, 1)
+_BLOCK_BYTES = {64: 800 * 1024, 32: 400 * 1024, 16: 400 * 1024}  # by the width of a vector
+_ENOUGH_ITEMS = 16
 
 
-def keys_per_block(problem: AttentionProblem) -> int:
-    """Keys whose gradients one item sums up: a multiple of what register tiles take, 48 to 192."""
-    row = 2 * (problem.head_dim + problem.head_dim_v) * problem.accumulator.itemsize
-    return max(48, min(192, _BLOCK_BYTES // row // 48 * 48))
+def keys_per_block(problem: AttentionProblem, tile: Tile) -> int:
+    """Keys whose gradients one item sums up. Moves no bit: sums go tile by tile, or by panels."""
+    row = 2 * (problem.head_dim + problem.head_dim_v) * tile.real_bytes
+    most = _BLOCK_BYTES[tile.width * tile.real_bytes] // row
+    heads = problem.batch_size * problem.num_heads_kv
+    for tiles in _TILES:
+        keys = tiles * TILE_K
+        if keys <= most and heads * -(-problem.seqlen_k // keys) >= _ENOUGH_ITEMS:
+            return keys
+    return TILE_K
 
 
 class BackwardCall:
@@ -223,7 +235,7 @@ class BackwardCall:
 def _lower_tile(problem: AttentionProblem, tile: Tile, fields: Any) -> None:
     """Shapes of the tiles, and which operands have to be copied as reals first."""
     fields["width"], fields["lanes"] = tile.width, tile.lanes
-    fields["block_k"] = keys_per_block(problem)
+    fields["block_k"], fields["tile_k"] = keys_per_block(problem, tile), TILE_K
     fields["real_bytes"], fields["unseen"] = tile.real_bytes, UNSEEN[tile.bits]
     fields["storage"] = STORAGE_CODE[tile.storage]
     for name in ("k", "v"):
@@ -249,6 +261,7 @@ def _lower_tile(problem: AttentionProblem, tile: Tile, fields: Any) -> None:
 def _lower_places(problem: AttentionProblem, tile: Tile, fields: Any) -> None:
     """Lay out panel blocks and working memory, each part on a cache line."""
     size, lanes, keys = tile.real_bytes, tile.lanes, int(fields["block_k"])
+    tile_keys = int(fields["tile_k"])
     head_dim, head_dim_v = problem.head_dim, problem.head_dim_v
     vector = tile.width * size
 
@@ -273,14 +286,15 @@ def _lower_places(problem: AttentionProblem, tile: Tile, fields: Any) -> None:
         "counts": 2 * 8,
     }
     fields["panel_bytes"] = (_lay_out(_PANEL, sizes, fields, 0) // 64 | 1) * 64
-    tile_bytes = keys * row
+    tile_bytes = tile_keys * row
     sizes = {
         **dict.fromkeys(("scores_tile", "d_scores_tile"), tile_bytes),
         "bias_tile": tile_bytes if problem.bias is not None else 0,
         "keep_tile": tile_bytes if problem.dropout_p > 0.0 else 0,
         "softcap_slope": tile_bytes if problem.softcap is not None else 0,
-        "mask_tile": keys * lanes,
-        **dict.fromkeys(("keys", "seen_keys"), keys * stride(head_dim)),
+        "mask_tile": tile_keys * lanes,
+        "keys": keys * stride(head_dim),
+        "seen_keys": tile_keys * stride(head_dim),
         "values": keys * stride(head_dim_v),
         **dict.fromkeys(("seen", "bad"), keys),
         **dict.fromkeys(("keep_k", "keep_v"), max(keys, lanes)),

@@ -64,17 +64,17 @@ def rescue_row(params, w, place):
     p = backward_at(params)
     row, head = place % p.seqlen_q, place // p.seqlen_q % p.num_heads
     batch, kv_head = place // p.seqlen_q // p.num_heads, head // p.group_size
-    t, block_k = w + p.at_alone, p.block_k
+    t, tile_k = w + p.at_alone, p.tile_k
     prepare_panel(params, w, t, batch, head, row, 1)
     low, high = get_i64(t + p.at_bounds, 0), get_i64(t + p.at_bounds, 1)
     mask_row, bias_row = row_addresses(params, batch, head, row)
     k_stride = p.keys_stride if p.stage_k else p.k_row
     v_stride = p.values_stride if p.stage_v else p.v_row
-    block = low // block_k * block_k
-    while block < high:
+    tile = low // tile_k * tile_k
+    while tile < high:
         if get_atomic(params + COUNTER) >= STOP:
             return False
-        first, last = larger(block, low), smaller(block + block_k, high)
+        first, last = larger(tile, low), smaller(tile + tile_k, high)
         n = last - first
         keys, values = load_keys(params, w, batch, kv_head, first, n)
         found = differentiate_tile(params, w, t, batch, first, n, keys, k_stride, values, v_stride)
@@ -85,7 +85,7 @@ def rescue_row(params, w, place):
             if p.softcap > 0.0:
                 bend(p.run_bend, w + p.at_d_scores_tile, n, w + p.at_softcap_slope)
             add_to_d_q(params, w, t, first, n, keys, k_stride, 0)
-        block += block_k
+        tile += tile_k
     write_d_q(params, w, t)
     return True
 
