@@ -7,7 +7,7 @@ import pytest
 
 from fusedattn.cpu import tile
 from fusedattn.cpu.compile import compile_micro, host_machine
-from fusedattn.cpu.micro import GROUPS
+from fusedattn.cpu.micro import BACKWARD_GROUPS, GROUPS
 
 # Vector unit, LLVM's names of triple and processor, mnemonic and registers of a multiply-add, and
 # what an access to the stack looks like.
@@ -78,6 +78,25 @@ def test_products_of_a_panel_keep_their_sums_in_registers(target, dtype, rows):
         check_products(kernels[name], shape, multiply_add, stack)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("rows", [8, 4096])
+def test_products_of_the_backward_pass_keep_their_sums_in_registers(target, dtype, rows):
+    isa, machine, multiply_add, stack = target
+    shape = tile.backward_tile_for(dtype, dtype, rows, isa)
+    kernels = functions(compile_micro(shape, "panels", machine, assembly=True))
+    for name in ("scores", "accumulate"):
+        check_products(kernels[name], shape, multiply_add, stack)
+    # Lanes along the head dim: there is a loop for each number of vectors of columns.
+    lines = functions(compile_micro(shape, "gradients", machine, assembly=True))["products"]
+    bodies = [body for body in loops(lines) if any(multiply_add.match(line) for line in body)]
+    whole = {2 * rows * vectors for vectors, rows in enumerate(shape.product_rows, start=1)}
+    counts = [sum(bool(multiply_add.match(line)) for line in body) for body in bodies]
+    assert max(counts) == max(whole)
+    for body, count in zip(bodies, counts, strict=True):
+        if count in whole:
+            assert not [line for line in body if stack in line], "\n".join(body)
+
+
 def check_products(lines, shape, multiply_add, stack):
     bodies = [body for body in loops(lines) if any(multiply_add.match(line) for line in body)]
     counts = [sum(bool(multiply_add.match(line)) for line in body) for body in bodies]
@@ -116,6 +135,6 @@ def test_the_softmax_pass_calls_nothing(target, dtype):
 def test_every_kernel_is_compiled_for_every_vector_unit(target, dtype, out):
     isa, machine, *_ = target
     shape = tile.tile_for(dtype, out, isa=isa)
-    for group, kernels in GROUPS.items():
+    for group, kernels in (GROUPS | BACKWARD_GROUPS).items():
         assembly = compile_micro(shape, group, machine, assembly=True)
         assert set(kernels) <= set(functions(assembly))
