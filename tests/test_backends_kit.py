@@ -67,6 +67,7 @@ TestCpu = make_suite(
     dtypes=DTYPES,
     gradient=gradient_on("cpu"),
     bitwise=True,
+    gradient=gradient_on("cpu"),
     set_threads=fusedattn.set_num_threads,
     max_examples=EXAMPLES,
 )
