@@ -40,7 +40,7 @@ def gradients_equal(isa, case):
 
 
 @each_isa
-@settings(max_examples=EXAMPLES // 4)
+@settings(max_examples=EXAMPLES // 6)
 @given(case=two_types)
 def test_gradients_equal_the_reference_around_the_edges_of_tiles(isa, case):
     gradients_equal(isa, case)
@@ -54,7 +54,7 @@ def test_gradients_equal_the_reference_in_every_type(isa, case):
     gradients_equal(isa, case)
 
 
-@settings(max_examples=EXAMPLES // 4)
+@settings(max_examples=EXAMPLES // 6)
 @given(case=attention_problems(EVERYTHING, ("float64",), tame=True, sizes=SMALL))
 def test_the_adjoint_identity_holds(case):
     adjoint_identity(gradient_kernel_on(AVX512), case)
@@ -109,10 +109,10 @@ def test_every_head_dim_to_576_in_every_type(isa, dtype):
 LONG = {
     "full": {},
     "causal": {"causal": True},
-    "window": {"window_size": (100, 10)},
-    "lengths": {"seqused_q": np.array([250, 133]), "seqused_k": np.array([213, 350])},
-    "mask": {"mask": np.random.default_rng(1).random((2, 1, 250, 350)) < 0.4},
-    "padding": {"mask": np.arange(350) < 311},
+    "window": {"window_size": (60, 10)},
+    "lengths": {"seqused_q": np.array([150, 83]), "seqused_k": np.array([113, 250])},
+    "mask": {"mask": np.random.default_rng(1).random((2, 1, 150, 250)) < 0.4},
+    "padding": {"mask": np.arange(250) < 211},
     "alibi": {"alibi_slopes": 2.0 ** -np.arange(1.0, 3.0)},
     "sinks": {"sinks": np.array([0.5, 8.0])},
     "softcap": {"softcap": 3.0},
@@ -122,7 +122,7 @@ LONG = {
 
 @pytest.mark.parametrize("options", LONG.values(), ids=LONG)
 def test_long_sequences_equal_the_reference(options):
-    q, k, v = normal(0, 2, 2, 250, 64), normal(1, 2, 1, 350, 64), normal(2, 2, 1, 350, 64)
+    q, k, v = normal(0, 2, 2, 150, 64), normal(1, 2, 1, 250, 64), normal(2, 2, 1, 250, 64)
     check(Case(q, k, v, options))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from fusedattn.cpu.params import Bound, Template, groups_of, heads_per_item, til
 from fusedattn.cpu.scratch import working_memory
 from fusedattn.cpu.tile import ROWS_PER_ITEM, host_isa, tile_for
 from fusedattn.problem import AttentionProblem, Gradients, Lengths, Result
+from fusedattn.undisturbed import undisturbed
 
 # Below this much work waking a thread costs more than it saves.
 ALONE_FLOPS = 5_000_000
@@ -135,9 +137,10 @@ class Cpu:
         bias_grad: bool = True,
     ) -> Gradients:
         """Pull ``d_out`` and ``d_lse`` back to the operands; arrays in canonical axis order."""
-        from fusedattn.cpu import differentiate  # whoever does not train does not compile it
-
-        return differentiate.backward(problem, d_out, out, lse, d_lse, bias_grad=bias_grad)
+        # Whoever does not train does not load it.
+        module = undisturbed(import_module, "fusedattn.cpu.differentiate")
+        found: Gradients = module.backward(problem, d_out, out, lse, d_lse, bias_grad=bias_grad)
+        return found
 
 
 CPU = Cpu()

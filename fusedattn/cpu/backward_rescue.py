@@ -10,17 +10,13 @@ stays one.
 
 from __future__ import annotations
 
-from fusedattn.cpu.backward import (
-    add_to_d_q,
-    bend,
+from fusedattn.cpu.backward import add_to_d_q, bend, fill_constants, products, write_rows
+from fusedattn.cpu.backward_panel import (
     differentiate_tile,
-    fill_constants,
     prepare,
     prepare_panel,
-    products,
     stage_rows,
     write_d_q,
-    write_rows,
 )
 from fusedattn.cpu.backward_params import backward_at
 from fusedattn.cpu.forward import COUNTER, NONE_SEEN, stage

@@ -1,16 +1,4 @@
-"""The backward pass of the CPU backend: from a problem to finished gradients.
-
-Gradients are finite where the scores are in the forward's domain and where the sums that make them
-up stay below a quarter of the accumulator's range. With ``t`` of a row the largest ``sum_d |d_out_d
-v_jd| / (1 - p)`` over its keys, plus ``sum_d |d_out_d out_d| + |d_lse|``, these are
-
-- for d_q ``max(1, |scale|) t max|k|``,
-- for d_k ``max(1, |scale|)`` times the sum of ``t |q|`` over the rows that read the key's head,
-- for d_v the sum of ``|d_out| / (1 - p)`` over these rows,
-- for d_bias and d_sinks the sum of ``t`` over the rows that share an element.
-
-What the operand's own type cannot hold is rounded to infinity.
-"""
+"""The backward pass of the CPU backend: from a problem to finished gradients."""
 
 from __future__ import annotations
 
@@ -54,7 +42,11 @@ def backward(
     *,
     bias_grad: bool = True,
 ) -> Gradients:
-    """Pull ``d_out`` and ``d_lse`` back to the operands; arrays in canonical axis order."""
+    """Pull ``d_out`` and ``d_lse`` back to the operands; arrays in canonical axis order.
+
+    Finite in the domain that `fusedattn.attention_backward` states, and a little beyond: what
+    counts is ``max_j sum_d |d_out_d v_jd| + sum_d |d_out_d out_d|``, below the bound given there.
+    """
     arrays: dict[str, Array | None] = {
         name: getattr(problem, name) for name in ("q", "k", "v", "mask", "bias")
     }
