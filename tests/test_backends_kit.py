@@ -67,7 +67,6 @@ TestCpu = make_suite(
     dtypes=DTYPES,
     gradient=gradient_on("cpu"),
     bitwise=True,
-    gradient=gradient_on("cpu"),
     set_threads=fusedattn.set_num_threads,
     max_examples=EXAMPLES,
 )
