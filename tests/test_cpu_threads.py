@@ -138,7 +138,7 @@ def test_the_pool_does_not_grow_with_the_number_of_calls():
 @pytest.mark.parametrize("error", [MemoryError("no tile"), SystemExit(3)])
 def test_an_error_in_a_worker_reaches_the_caller(monkeypatch, arrays, error):
     expected, caller = attention(*arrays), threading.current_thread()
-    allocate = backend._working_memory
+    allocate = backend.working_memory
 
     def fail(size):
         if threading.current_thread() is caller:
@@ -146,7 +146,7 @@ def test_an_error_in_a_worker_reaches_the_caller(monkeypatch, arrays, error):
             return allocate(size)
         raise error
 
-    monkeypatch.setattr(backend, "_working_memory", fail)
+    monkeypatch.setattr(backend, "working_memory", fail)
     with pytest.raises(type(error)) as caught:
         attention(*arrays)
     assert caught.value is error
@@ -156,14 +156,14 @@ def test_an_error_in_a_worker_reaches_the_caller(monkeypatch, arrays, error):
 
 def test_an_error_on_the_callers_own_thread_waits_for_the_workers(monkeypatch):
     expected, caller = attention(*MEDIUM), threading.current_thread()
-    allocate = backend._working_memory
+    allocate = backend.working_memory
 
     def fail(size):
         if threading.current_thread() is caller:
             raise MemoryError
         return allocate(size)
 
-    monkeypatch.setattr(backend, "_working_memory", fail)
+    monkeypatch.setattr(backend, "working_memory", fail)
     out = np.zeros_like(expected)
     with pytest.raises(MemoryError):
         attention(*MEDIUM, out=out)
