@@ -15,6 +15,7 @@ from fusedattn.api import (
     set_num_threads,
     warmup,
 )
+from fusedattn.block_mask import BlockMask, make_block_mask
 from fusedattn.gradients import attention_backward
 from fusedattn.merge import merge
 from fusedattn.problem import Gradients, make_problem
@@ -22,6 +23,7 @@ from fusedattn.problem import Gradients, make_problem
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockMask",
     "Gradients",
     "__version__",
     "attention",
@@ -30,6 +32,7 @@ __all__ = [
     "dropout_mask",
     "explain",
     "get_num_threads",
+    "make_block_mask",
     "make_problem",
     "merge",
     "plan",

@@ -1,12 +1,13 @@
 """The public functions: check, choose a backend, run, return the caller's layout."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from fusedattn import checks, dispatch
+from fusedattn.block_mask import BlockMask
 from fusedattn.dispatch import Explanation
 from fusedattn.plan import Call, Plan, find, run
 from fusedattn.problem import make_problem
@@ -28,6 +29,9 @@ class Options(TypedDict, total=False):
     alibi_slopes: Array | None
     softcap: float | None
     sinks: Array | None
+    score_mod: Callable[..., Any] | None
+    score_mod_aux: tuple[Array, ...]
+    block_mask: BlockMask | None
     dropout_p: float
     seed: int | None
     layout: str
@@ -64,6 +68,9 @@ def attention(
     alibi_slopes: Array | None = None,
     softcap: float | None = None,
     sinks: Array | None = None,
+    score_mod: Callable[..., Any] | None = None,
+    score_mod_aux: tuple[Array, ...] = (),
+    block_mask: BlockMask | None = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
     layout: str = "bhsd",
@@ -110,6 +117,20 @@ def attention(
         Replaces each score by ``softcap * tanh(score / softcap)``, before ALiBi and bias.
     sinks : ndarray of a float dtype, (heads,), optional
         One more logit per head that takes weight and gives no value.
+    score_mod : function, optional
+        ``score_mod(score, batch, head, q_idx, k_idx, *aux) -> score``: a Python function of
+        scalars (or one compiled by `numba.njit`), compiled into the kernel. `score` is
+        ``scale * q k^T`` in the accumulator's type, `batch` the flat index over the leading axes,
+        `head` the query head, `q_idx` the row of q (without `q_offset`). A result of -inf hides
+        the key. It may read numbers and call functions from outside; a change of any of them makes
+        it another function. It cannot raise exceptions or use Python objects.
+    score_mod_aux : tuple of ndarray
+        Arrays that the score_mod reads by index, such as a table of relative positions: of a
+        float dtype (read in the accumulator's type where it is a half type), integers or bool.
+        Indices count from the end where negative. See `fusedattn.check_functions` for those that
+        lie outside.
+    block_mask : BlockMask, optional
+        From `fusedattn.make_block_mask`: empty blocks are skipped, partial ones masked.
     dropout_p : float
         Probability with which a weight is dropped; those kept are divided by ``1 - dropout_p``.
     seed : int, optional
@@ -144,7 +165,7 @@ def attention(
 
     Notes
     -----
-    The order of operations is ``scale * q k^T``, softcap, ALiBi, bias, masks, softmax with sinks,
+    The order of operations is ``scale * q k^T``, score_mod, softcap, ALiBi, bias, masks, softmax with sinks,
     dropout, ``@ v``. Hidden keys are left out by selection: whatever they hold, NaN and inf too,
     has no influence on a row that does not see them. NaN in a key or value that a row does see
     makes the row NaN.
@@ -177,8 +198,9 @@ def attention(
     """
     return run(
         Call(
-            q, k, v, q_offset, seqused_q, seqused_k, mask, bias, alibi_slopes, sinks, out, scale,
-            causal, window_size, softcap, dropout_p, seed, layout, return_lse, out_dtype, backend,
+            q, k, v, q_offset, seqused_q, seqused_k, score_mod_aux, mask, bias, alibi_slopes, sinks,
+            out, scale, causal, window_size, softcap, score_mod, block_mask, dropout_p, seed,
+            layout, return_lse, out_dtype, backend,
         )
     )  # fmt: skip
 

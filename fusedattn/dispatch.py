@@ -18,6 +18,7 @@ class Prepared(Protocol):
         slopes: Array | None,
         sinks: Array | None,
         lengths: Lengths | None = None,
+        aux: tuple[Array, ...] = (),
     ) -> None:
         """Compute into out and lse of the operands ``(q, k, v, out, lse, mask, bias)``."""
 
@@ -176,6 +177,10 @@ def _facts(problem: AttentionProblem) -> list[str]:
         "sinks": problem.sinks,
     }
     options += [name for name, array in operands.items() if array is not None]
+    if problem.score_mod is not None:
+        options.append(problem.score_mod.place)
+    if problem.block_mask is not None:
+        options.append(f"block_mask {problem.block_mask.sparsity:.0%} empty")
     pairs = problem.batch_size * problem.num_heads * problem.seqlen_q * problem.seqlen_k
     everything = 2 * (problem.head_dim + problem.head_dim_v) * pairs
     part = problem.flops / everything if everything else 0.0

@@ -8,12 +8,15 @@ an earlier one goes straight to the kernel; a `Plan` holds on to one kind, for a
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fusedattn import checks, dispatch
+from fusedattn.block_mask import BlockMask
 from fusedattn.checks import Array
+from fusedattn.functions import fingerprint, plain_function
 from fusedattn.problem import AttentionProblem, make_lengths, make_problem
 
 # Kinds to remember. One takes some kilobytes, and 80 bytes more per batch item.
@@ -29,6 +32,7 @@ class Call(NamedTuple):
     q_offset: int | Array | None = None
     seqused_q: int | Array | None = None
     seqused_k: int | Array | None = None
+    score_mod_aux: tuple[Array, ...] = ()
     mask: Array | None = None
     bias: Array | None = None
     alibi_slopes: Array | None = None
@@ -38,6 +42,8 @@ class Call(NamedTuple):
     causal: bool = False
     window_size: tuple[int | None, int | None] | None = None
     softcap: float | None = None
+    score_mod: Callable[..., Any] | None = None
+    block_mask: BlockMask | None = None
     dropout_p: float = 0.0
     seed: int | None = None
     layout: str = "bhsd"
@@ -57,13 +63,21 @@ class Call(NamedTuple):
         Types stand beside numbers because ``1 == True == 1.0``, and not all of them are accepted.
         None where there is something else in the place of an array or of a window.
         """
-        window_size, options = self.window_size, self[OPTIONS:]
+        window_size, options, function = self.window_size, self[OPTIONS:], None
+        if self.score_mod is not None:
+            # Not the object counts but what it computes, which follows the globals that it reads.
+            function, options = self.computes(), self._replace(score_mod=None)[OPTIONS:]
         try:
             forms = _forms(*self[:OPTIONS])
             sides = None if window_size is None else (*map(type, window_size),)
         except (AttributeError, TypeError):
             return None
-        return forms, options, (*map(type, options),), sides
+        return forms, options, (*map(type, options),), sides, function
+
+    def computes(self) -> tuple[Any, ...] | None:
+        """Return all that the results of the score_mod depend on, None without one."""
+        plain = plain_function(self.score_mod)
+        return None if plain is None else fingerprint(plain, "score_mod")
 
 
 # The place of the first option.
@@ -73,7 +87,14 @@ Form = tuple[Any, ...] | bool | None
 
 
 def _forms(
-    q: Any, k: Any, v: Any, q_offset: Any, seqused_q: Any, seqused_k: Any, *optional: Any
+    q: Any,
+    k: Any,
+    v: Any,
+    q_offset: Any,
+    seqused_q: Any,
+    seqused_k: Any,
+    score_mod_aux: Any,
+    *optional: Any,
 ) -> tuple[Form, ...]:
     """Type, shape, strides and dtype of each array, and which lengths are given."""
     return (
@@ -83,6 +104,7 @@ def _forms(
         q_offset is not None,
         seqused_q is not None,
         seqused_k is not None,
+        ("aux", *[(type(a), a.shape, a.strides, a.dtype) for a in score_mod_aux]),
         *[None if a is None else (type(a), a.shape, a.strides, a.dtype) for a in optional],
     )
 
@@ -90,6 +112,8 @@ def _forms(
 def _describe(form: Form) -> str:
     if not isinstance(form, tuple):
         return "given" if form else "not given"
+    if form[0] == "aux":
+        return f"({', '.join(map(_describe, form[1:]))})"
     kind, shape, strides, dtype = form
     return f"a {kind.__name__} of dtype {dtype}, shape {shape} and strides {strides}"
 
@@ -107,6 +131,7 @@ class Plan:
         self._prepared: dispatch.Prepared | None = None if prepare is None else prepare(problem)
         self._forms = _forms(*call[:OPTIONS])
         self._options: tuple[Any, ...] = call[OPTIONS:]
+        self._computes = call.computes()
         self._out_shape = problem.restore(problem.empty_out()).shape
         self._out_dtype = problem.out_dtype
         self._lse_shape = problem.lse_shape if problem.return_lse else None
@@ -123,6 +148,7 @@ class Plan:
         q_offset: int | Array | None = None,
         seqused_q: int | Array | None = None,
         seqused_k: int | Array | None = None,
+        score_mod_aux: tuple[Array, ...] = (),
         mask: Array | None = None,
         bias: Array | None = None,
         alibi_slopes: Array | None = None,
@@ -140,12 +166,12 @@ class Plan:
             As `fusedattn.attention`.
         """
         arguments = (
-            *(q, k, v, q_offset, seqused_q, seqused_k),
+            *(q, k, v, q_offset, seqused_q, seqused_k, score_mod_aux),
             *(mask, bias, alibi_slopes, sinks, out),
         )
         try:
             forms = _forms(*arguments)
-        except AttributeError:
+        except (AttributeError, TypeError):
             forms = ()
         if forms != self._forms:
             Call(*arguments, *self._options).problem()  # tells a mistake as `attention` tells it
@@ -153,11 +179,16 @@ class Plan:
                 if form != planned:
                     was = _describe(planned)
                     raise ValueError(f"{name} is {_describe(form)}, but when planned was {was}")
+        if self._computes is not None and Call(*arguments, *self._options).computes() != (
+            self._computes
+        ):
+            raise ValueError("score_mod, or a number that it reads, was another one when planned")
         return self.run(arguments)
 
     def run(self, arguments: tuple[Any, ...]) -> Array | tuple[Array, Array]:
         """Compute a call of this kind."""
-        q, k, v, q_offset, seqused_q, seqused_k, mask, bias, alibi_slopes, sinks, out = arguments
+        q, k, v, q_offset, seqused_q, seqused_k, score_mod_aux, *others = arguments
+        mask, bias, alibi_slopes, sinks, out = others
         if self._prepared is None:
             problem = Call(*arguments, *self._options).problem()
             result = self._backend.forward(problem)
@@ -167,12 +198,14 @@ class Plan:
             out = np.empty(self._out_shape, self._out_dtype)
         else:
             inputs = {n: a for n, a in zip(Call._fields, arguments, strict=False) if n in INPUTS}
+            inputs |= {f"score_mod_aux[{i}]": array for i, array in enumerate(score_mod_aux)}
             checks.output(out, self._out_shape, self._out_dtype, inputs)
         lengths = None
         if not (q_offset is seqused_q is seqused_k is None):
             lengths = make_lengths(q_offset, seqused_q, seqused_k, *self._seqlens, self._batch)
         lse = None if self._lse_shape is None else np.empty(self._lse_shape, self._lse_dtype)
-        self._prepared.run((q, k, v, out, lse, mask, bias), alibi_slopes, sinks, lengths)
+        operands = (q, k, v, out, lse, mask, bias)
+        self._prepared.run(operands, alibi_slopes, sinks, lengths, tuple(score_mod_aux))
         return out if lse is None else (out, lse)
 
 

@@ -1,6 +1,7 @@
 """One attention call, checked and resolved: the only thing that a backend is given."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -8,7 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusedattn import checks
+from fusedattn.block_mask import BlockMask
 from fusedattn.checks import Array
+from fusedattn.functions import UserFunction, user_function
 from fusedattn.masks import UNBOUNDED, KeyRange, relative_bounds, visible_pairs
 
 # Rows, keys and offsets stay below this, so that positions and their sums fit 32 bits with room.
@@ -67,6 +70,8 @@ class AttentionProblem:
     alibi_slopes: Array | None  # any float dtype, (*batch_shape, heads)
     softcap: float | None
     sinks: Array | None  # any float dtype, (heads,)
+    score_mod: UserFunction | None  # with its aux arrays
+    block_mask: BlockMask | None  # of 1 or batch_size items, of 1 or num_heads heads
     dropout_p: float
     seed: int
     layout: str
@@ -204,6 +209,9 @@ def make_problem(
     alibi_slopes: Array | None = None,
     softcap: float | None = None,
     sinks: Array | None = None,
+    score_mod: Callable[..., Any] | None = None,
+    score_mod_aux: tuple[Array, ...] = (),
+    block_mask: BlockMask | None = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
     layout: str = "bhsd",
@@ -257,6 +265,13 @@ def make_problem(
         alibi_slopes = _alibi_slopes(alibi_slopes, q.shape[:-2])
     if sinks is not None:
         sinks = _sinks(sinks, q.shape[-3])
+    function = None
+    if score_mod is not None:
+        function = user_function("score_mod", score_mod, score_mod_aux)
+    elif score_mod_aux != ():
+        raise ValueError("score_mod_aux must be () without a score_mod, but is given")
+    if block_mask is not None:
+        check_block_mask(block_mask, batch[1], q.shape[-3], seqlen_q, seqlen_k)
     if window_size is not None:
         window_size = checks.window(window_size, UNBOUNDED)
     dropout_p, seed = checks.dropout(dropout_p, seed)
@@ -264,6 +279,7 @@ def make_problem(
     if out is not None:
         inputs = {"q": q, "k": k, "v": v, "mask": mask, "bias": bias}
         inputs |= {"alibi_slopes": alibi_slopes, "sinks": sinks}
+        inputs |= {} if function is None else function.named_aux()
         out = _out(out, (*q.shape[:-1], v.shape[-1]), out_dtype, layout, inputs)
 
     return AttentionProblem(
@@ -283,6 +299,8 @@ def make_problem(
         alibi_slopes=alibi_slopes,
         softcap=None if softcap is None else checks.softcap(softcap, accumulator),
         sinks=sinks,
+        score_mod=function,
+        block_mask=block_mask,
         dropout_p=dropout_p,
         seed=seed,
         layout=layout,
@@ -307,6 +325,24 @@ def make_lengths(
     else:
         offset = checks.batch_integers("q_offset", q_offset, *batch, 1 - MAX_SEQLEN, MAX_SEQLEN - 1)
     return Lengths(offset, used_q, used_k)
+
+
+def check_block_mask(
+    value: object, batch_size: int, heads: int, seqlen_q: int, seqlen_k: int
+) -> None:
+    """Check that a block mask was made for calls of this shape."""
+    if not isinstance(value, BlockMask):
+        raise TypeError(
+            "block_mask must be a BlockMask, as make_block_mask returns, but is "
+            f"{checks.describe(value)}"
+        )
+    wanted = (batch_size, heads, seqlen_q, seqlen_k)
+    axes = zip(value.shape, wanted, (True, True, False, False), strict=True)
+    if not all(has == needs or (may_be_one and has == 1) for has, needs, may_be_one in axes):
+        raise ValueError(
+            "block_mask must be made for (batch, heads, seqlen_q, seqlen_k) = "
+            f"{wanted}, or 1 in the place of batch or heads, but was made for {value.shape}"
+        )
 
 
 def _operands(q: object, k: object, v: object, layout: str) -> tuple[Array, Array, Array]:

@@ -7,7 +7,7 @@ than one that is shared.
 
 The order of operations is ::
 
-    scale * q k^T -> softcap -> + alibi -> + bias -> hide -> softmax with sinks -> dropout -> * v
+    scale * q k^T -> score_mod -> softcap -> + alibi -> + bias -> hide -> softmax with sinks -> dropout -> * v
 
 Whatever a row does not see is left out by selection and never multiplied by zero: ``0 * NaN`` and
 ``0 * inf`` are NaN, and a finite "very negative" score would still count in a row without keys.
@@ -22,6 +22,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from fusedattn.pointwise import evaluate
 from fusedattn.problem import AttentionProblem, Gradients, Result
 
 Float64 = NDArray[np.float64]
@@ -161,19 +162,35 @@ def _scores(problem: AttentionProblem) -> tuple[Bool, Float64, Float64 | float]:
     """Which keys each row sees, all scores before hiding, and the derivative of the softcap."""
     q, k = _float64(problem, problem.q), _float64(problem, problem.k)
     scores = problem.scale * (q @ k.swapaxes(-1, -2))
+    visible = _visible(problem, scores.shape)
+    if problem.score_mod is not None:
+        scores = _modified(problem, scores, visible)
+        visible = visible & (scores != -np.inf)
     d_softcap: Float64 | float = 1.0
     if problem.softcap is not None:
         capped = np.tanh(scores / problem.softcap)
         scores = problem.softcap * capped
         d_softcap = 1.0 - capped * capped
-
-    row = np.arange(problem.seqlen_q)[:, None]
-    key = np.arange(problem.seqlen_k)
-    position = row + _per_item(problem, problem.q_offset)
     if problem.alibi_slopes is not None:
         slopes = _operand(problem, problem.alibi_slopes)[..., None, None]
-        scores = scores - slopes * np.abs(position - key)
+        scores = scores - slopes * np.abs(_position(problem) - np.arange(problem.seqlen_k))
+    if problem.bias is not None:
+        bias = _operand(problem, problem.bias)
+        scores = scores + bias
+        visible = visible & (bias != -np.inf)
+    return visible, scores, d_softcap
 
+
+def _position(problem: AttentionProblem) -> NDArray[np.int64]:
+    """Key position at which each query stands, shape (B, 1, S, 1)."""
+    return np.arange(problem.seqlen_q)[:, None] + _per_item(problem, problem.q_offset)
+
+
+def _visible(problem: AttentionProblem, shape: tuple[int, ...]) -> Bool:
+    """Which keys each row may see by its position, the lengths and the masks, (B, H, S, T)."""
+    row = np.arange(problem.seqlen_q)[:, None]
+    key = np.arange(problem.seqlen_k)
+    position = _position(problem)
     visible = row < _per_item(problem, problem.seqused_q)
     visible = visible & (key < _per_item(problem, problem.seqused_k))
     if problem.causal:
@@ -185,11 +202,24 @@ def _scores(problem: AttentionProblem) -> tuple[Bool, Float64, Float64 | float]:
         visible &= key <= position + right
     if problem.mask is not None:
         visible = visible & problem.mask
-    if problem.bias is not None:
-        bias = _operand(problem, problem.bias)
-        scores = scores + bias
-        visible = visible & (bias != -np.inf)
-    return np.broadcast_to(visible, scores.shape), scores, d_softcap
+    if problem.block_mask is not None:
+        dense = np.broadcast_to(problem.block_mask.to_mask(), _flat(problem, shape))
+        visible = visible & dense.reshape(shape)
+    return np.broadcast_to(visible, shape)
+
+
+def _flat(problem: AttentionProblem, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the scores with one flat batch axis, by which functions are told the item."""
+    return (problem.batch_size, *shape[-3:])
+
+
+def _modified(problem: AttentionProblem, scores: Float64, visible: Bool) -> Float64:
+    """Replace the score of each visible pair by what the score_mod says; others stay."""
+    assert problem.score_mod is not None
+    flat = scores.reshape(_flat(problem, scores.shape)).copy()
+    pairs = np.nonzero(visible.reshape(flat.shape))
+    flat[pairs] = evaluate(problem.score_mod, flat[pairs], *pairs)
+    return flat.reshape(scores.shape)
 
 
 def _sinks(problem: AttentionProblem) -> Float64 | None:

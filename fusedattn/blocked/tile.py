@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from fusedattn.masks import FULL, KeyRange
 from fusedattn.philox import WORD, philox4x32
+from fusedattn.pointwise import evaluate
 from fusedattn.problem import AttentionProblem
 
 Array = NDArray[Any]
@@ -76,6 +77,11 @@ def score_tile(head: Head, rows: slice, keys: slice, accumulator: np.dtype[Any])
     q = np.ascontiguousarray(head.q[rows], accumulator)
     k = np.ascontiguousarray(head.k[keys], accumulator)
     scores = (q @ k.T) * accumulator.type(problem.scale)
+    seen = _seen_tile(head, rows, keys)
+    if problem.score_mod is not None:
+        scores = _modified(head, rows, keys, scores, seen)
+        shown = scores != -np.inf
+        seen = shown if seen is None else seen & shown
     d_softcap: Array | None = None
     if problem.softcap is not None:
         cap = accumulator.type(problem.softcap)
@@ -86,24 +92,44 @@ def score_tile(head: Head, rows: slice, keys: slice, accumulator: np.dtype[Any])
         position = np.arange(rows.start, rows.stop)[:, None] + head.q_offset
         distance = np.abs(position - np.arange(keys.start, keys.stop))
         scores -= head.alibi_slope * distance.astype(accumulator)
-    seen: Array | None = None
     if head.bias is not None:
         bias = head.bias[rows, keys].astype(problem.accumulator)
         scores += bias
-        seen = bias != -np.inf
+        shown = bias != -np.inf
+        seen = shown if seen is None else seen & shown
+    if seen is not None:
+        # By selection: a hidden key may hold NaN.
+        scores = np.where(seen, scores, accumulator.type(-np.inf))
+    return Tile(scores, seen, d_softcap)
+
+
+def _seen_tile(head: Head, rows: slice, keys: slice) -> Array | None:
+    """Which entries of a tile masks and intervals show; None if they show all of them."""
+    seen: Array | None = None
     if head.mask is not None:
-        mask = head.mask[rows, keys]
-        seen = mask if seen is None else seen & mask
+        seen = head.mask[rows, keys]
+    if head.problem.block_mask is not None:
+        shown = head.problem.block_mask.seen(head.batch, head.head, rows, keys)
+        if shown is not None:
+            seen = shown if seen is None else seen & shown
     # Inside a full tile no row's interval ends, and nothing is left to look at.
     if head.keys.tile(rows.start, rows.stop, keys.start, keys.stop) != FULL:
         intervals = np.array([head.keys.row(row) for row in range(rows.start, rows.stop)])
         key = np.arange(keys.start, keys.stop)
         inside = (key >= intervals[:, :1]) & (key < intervals[:, 1:])
         seen = inside if seen is None else seen & inside
-    if seen is not None:
-        # By selection: a hidden key may hold NaN.
-        scores = np.where(seen, scores, accumulator.type(-np.inf))
-    return Tile(scores, seen, d_softcap)
+    return seen
+
+
+def _modified(head: Head, rows: slice, keys: slice, scores: Array, seen: Array | None) -> Array:
+    """Ask the score_mod about the pairs that are seen; the scores of the others stay."""
+    assert head.problem.score_mod is not None
+    row, key = np.nonzero(np.ones(scores.shape, bool) if seen is None else seen)
+    where = (np.full(row.shape, head.batch), np.full(row.shape, head.head))
+    pairs = (*where, row + rows.start, key + keys.start)
+    changed = scores.copy()
+    changed[row, key] = evaluate(head.problem.score_mod, scores[row, key], *pairs)
+    return changed
 
 
 def keep_tile(head: Head, rows: slice, keys: slice) -> Array:
