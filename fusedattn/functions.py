@@ -80,9 +80,10 @@ class UserFunction:
         name = "aux" if self.role == "mask_mod" else "score_mod_aux"
         return {f"{name}[{i}]": array for i, array in enumerate(self.aux)}
 
-    def digest(self) -> str:
-        """Hash of the fingerprint that is the same in every process."""
-        return hashlib.sha256(repr(_stable(self.fingerprint)).encode()).hexdigest()
+
+def digest_of(detail: object) -> str:
+    """Hash of a fingerprint, or of a tuple that holds some, which every process computes alike."""
+    return hashlib.sha256(repr(_stable(detail)).encode()).hexdigest()
 
 
 def place_of(function: FunctionType, role: str) -> str:

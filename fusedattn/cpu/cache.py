@@ -52,7 +52,8 @@ def _source_digest() -> bytes:
     """Digest of every file whose code ends up in a kernel."""
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for path in sorted([*package.glob("cpu/**/*.py"), package / "masks.py", package / "philox.py"]):
+    others = (package / name for name in ("functions.py", "masks.py", "philox.py"))
+    for path in sorted([*package.glob("cpu/**/*.py"), *others]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.digest()
 

@@ -59,7 +59,7 @@ def once(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @once
-def _link_half() -> Any:
+def link_half_once() -> Any:
     """Provide the conversion of float16 where the processor may not have it."""
     machine, features = host_machine(), config.CPU_FEATURES
     features = llvm.get_host_cpu_features().flatten() if features is None else features
@@ -69,7 +69,7 @@ def _link_half() -> Any:
 
 def _compile(name: str, function: Any, signature: str) -> Any:
     """Compile one entry point through Numba, or load it; ``.address`` is where it lies."""
-    _link_half()
+    link_half_once()
     kind = numba_signature(signature)
     compiled: Any = CFunc(
         function, (kind.args, kind.return_type), locals={}, options={"error_model": "numpy"}
@@ -132,7 +132,7 @@ def known_rescue() -> tuple[int, int] | None:
 @once
 def get_micro(tile: Tile, group: str) -> Micro:
     """Return a group of micro-kernels for a tile shape."""
-    _link_half()
+    link_half_once()
     name = f"{group}-{tile.storage}-{tile.out_storage}"
     code = fetch(name, tile, lambda: compile_micro(tile, group))
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), host_machine())

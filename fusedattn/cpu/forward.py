@@ -28,6 +28,7 @@ from fusedattn.cpu.memory import (
     get_i32,
     get_i64,
     get_real,
+    get_u8,
     kernel,
     larger,
     set_i32,
@@ -69,6 +70,9 @@ softcap_slope = _call["softcap_slope"]
 alibi = _call["alibi"]
 add = _call["add"]
 drop = _call["drop"]
+mark_hidden = _call["mark_hidden"]
+both = _call["both"]
+summary = _call["summary"]
 pack = _call["pack"]
 unpack = _call["unpack"]
 stage = _call["stage"]
@@ -76,6 +80,14 @@ copy = _call["copy"]
 gather = _call["gather"]
 row_scores = _call["row_scores"]
 row_accumulate = _call["row_accumulate"]
+# Functions of the user's, see `fusedattn.cpu.user`.
+USER_SIGNATURES = {
+    "score_mod": "iiiiiii>",
+    "mask_mod": "iiiiiii>",
+    "score_mod_one": "fiiiii>f",
+    "mask_mod_one": "iiiii>i",
+}
+score_mod, mask_mod = (native(USER_SIGNATURES[name]) for name in ("score_mod", "mask_mod"))
 
 
 @kernel("iiiiiii>")
@@ -107,6 +119,9 @@ def fill_lanes(params, w, batch, head, row, count, panels):
     lows, highs = w + p.at_low, w + p.at_high
     positions, slope = w + p.at_position, w + p.at_slope
     rows, heads = w + p.at_row, w + p.at_head
+    kinds, kinds_head, kinds_row = p.kinds, p.kinds_head, p.kinds_row
+    if kinds:
+        kinds += batch * p.kinds_batch
     lanes, lane = p.lanes, 0
     for panel in range(panels):
         first_low, last_high, last_low, first_high = used_k, 0, 0, used_k
@@ -127,6 +142,9 @@ def fill_lanes(params, w, batch, head, row, count, panels):
                 set_i64(mask_rows, lane, mask + head * mask_head + row * mask_row)
             if bias:
                 set_i64(bias_rows, lane, bias + head * bias_head + row * bias_row)
+            if kinds:
+                block = kinds + head * kinds_head + row // p.kinds_rows * kinds_row
+                set_i64(w + p.at_kinds, lane, block)
             if slopes:
                 set_i32(positions, lane, row + position)
                 set_real(slope, lane, p.real_bytes, get_f64(slopes, batch * num_heads + head))
@@ -141,15 +159,52 @@ def fill_lanes(params, w, batch, head, row, count, panels):
         set_i64(bounds, 4 * panel + 3, first_high)
 
 
-@kernel("iiiiii>")
-def natural_units(params, w, tables, panel, first_key, n):
+@kernel("iiiii>iii")
+def kept_keys(params, w, panel, first, last):
+    """Cut the keys of a tile to those from the first to the last block that some lane keeps.
+
+    Returns them and what they hold: nothing, all seen, or partly hidden.
+    """
+    p = params_at(params)
+    size, table = p.kinds_keys, w + p.at_kinds + panel * p.lanes * 8
+    begin, end = first // size, (last - 1) // size + 1
+    low, high, before = end, begin, 0
+    for lane in range(p.lanes):
+        row = get_i64(table, lane)
+        if row != before:  # lanes of one block of rows say the same
+            before = row
+            for block in range(begin, end):
+                if get_u8(row, block) != masks.SKIP:
+                    low, high = smaller(low, block), larger(high, block + 1)
+    if low >= high:
+        return first, first, masks.SKIP
+    kind, before = masks.FULL, 0
+    for lane in range(p.lanes):
+        row = get_i64(table, lane)
+        if row != before:
+            before = row
+            for block in range(low, high):
+                if get_u8(row, block) != masks.FULL:
+                    kind = masks.EDGE
+    return larger(first, low * size), smaller(last, high * size), kind
+
+
+@kernel("iiiiiiii>")
+def natural_units(params, w, tables, batch, panel, first_key, n, mark):
     """The passes over a tile of raw scores whose order the specification fixes.
 
     ``tables`` is where the lane tables lie. The backward pass also wants the slope of the softcap.
+    ``mark``: write down which scores a score_mod has made minus infinity.
     """
     p = params_at(params)
     s = w + p.at_scores_tile
     multiply(p.run_multiply, s, n, p.scale)
+    if p.run_score_mod:
+        at_lane = panel * p.lanes * 4
+        rows, heads = tables + p.at_row + at_lane, tables + p.at_head + at_lane
+        score_mod(p.run_score_mod, s, n, first_key, rows, heads, batch, p.score_words)
+        if mark:
+            mark_hidden(p.run_mark_hidden, s, n, w + p.at_shown_tile)
     cap = p.softcap
     if cap > 0.0:
         softcap(p.run_softcap, s, n, cap)
@@ -166,25 +221,34 @@ def natural_units(params, w, tables, panel, first_key, n):
         add(p.run_add, s, n, tile_at)
 
 
-@kernel("iiiiiiiiiiii>")
+@kernel("iiiiiiiiiiiii>")
 def attend_tile(
-    params, w, batch, panel, first_key, n, keys, k_stride, values, v_stride, groups, staged
+    params, w, batch, panel, first_key, n, blocks, keys, k_stride, values, v_stride, groups, staged
 ):
     """One tile of scores: ``n`` keys from ``first_key`` on against one panel of rows.
 
-    ``groups`` of rows if there are few; ``staged``: 1 if keys are reals, plus 2 if values are.
+    ``blocks``: what the block mask says of the tile. ``groups`` of rows if there are few;
+    ``staged``: 1 if keys are reals, plus 2 if values are, plus 4 if all lanes are one row.
     """
     p = params_at(params)
     s = w + p.at_scores_tile
     bounds = w + p.at_bounds
-    mask_kind, each_key_seen = ALL_SEEN, True
+    at_lane = panel * p.lanes * 4
+    rows, heads = w + p.at_row + at_lane, w + p.at_head + at_lane
+    found, tile_at = ALL_SEEN | EACH_KEY_SEEN, w + p.at_mask_tile
     if p.mask:
-        tile_at, table = w + p.at_mask_tile, w + p.at_mask_rows + panel * p.lanes * 8
+        table = w + p.at_mask_rows + panel * p.lanes * 8
         offset, step = first_key * p.mask_key, p.mask_key
         found = mask_tile(p.run_mask_tile, tile_at, table, offset, step, n, w + p.at_seen)
-        mask_kind, each_key_seen = found & 3, found >= EACH_KEY_SEEN
-        if mask_kind == NONE_SEEN:
-            return
+    if blocks == masks.EDGE:
+        shown = w + p.at_shown_tile if p.mask else tile_at
+        mask_mod(p.run_mask_mod, shown, n, first_key, rows, heads, batch, p.mask_words)
+        if p.mask:
+            both(p.run_both, tile_at, n, shown)
+        found = summary(p.run_summary, tile_at, n, w + p.at_seen)
+    mask_kind, each_key_seen = found & 3, found >= EACH_KEY_SEEN
+    if mask_kind == NONE_SEEN:
+        return
     head_dim, head_dim_v, row_bytes = p.head_dim, p.head_dim_v, p.lanes * p.real_bytes
     if p.few_rows:
         run = p.run_row_scores_of_reals if staged & 1 else p.run_row_scores
@@ -193,23 +257,27 @@ def attend_tile(
     else:
         queries = w + p.at_queries + panel * head_dim * row_bytes
         scores(p.run_scores, keys, k_stride, n, queries, s, head_dim)
+    marked = p.run_score_mod and (p.marks or staged & 4)
     if p.natural_units:
-        natural_units(params, w, w, panel, first_key, n)
-    at_lane = panel * p.lanes * 4
+        natural_units(params, w, w, batch, panel, first_key, n, 1 if marked else 0)
     last_low, first_high = get_i64(bounds, 4 * panel + 2), get_i64(bounds, 4 * panel + 3)
     if last_low > first_key or first_high < first_key + n:
         lows, highs = w + p.at_low, w + p.at_high
         hide_outside(p.run_hide_outside, s, n, first_key, lows + at_lane, highs + at_lane)
     if mask_kind == SOME_SEEN:
-        hide_masked(p.run_hide_masked, s, n, w + p.at_mask_tile)
+        hide_masked(p.run_hide_masked, s, n, tile_at)
+    if marked:
+        hide_masked(p.run_hide_masked, s, n, w + p.at_shown_tile)
+        if staged & 4:  # values that the score_mod hides count as zeros: see the rescue
+            for j in range(n):
+                if get_u8(w + p.at_shown_tile, j * p.lanes) == 0:
+                    clear(values + j * v_stride, v_stride)
     alpha = w + p.at_alpha
     running_max = w + p.at_row_max + panel * row_bytes
     row_sum = w + p.at_row_sum + panel * row_bytes
     weights(p.run_weights, s, n, p.to_log2, running_max, alpha, row_sum)
     if p.dropout:
-        rows, heads = w + p.at_row, w + p.at_head
-        threshold, seed = p.threshold, p.seed
-        drop(p.run_drop, s, n, first_key, threshold, seed, rows + at_lane, heads + at_lane, batch)
+        drop(p.run_drop, s, n, first_key, p.threshold, p.seed, rows, heads, batch)
     if not each_key_seen:
         # What no row of the panel may see may hold anything: it is not even multiplied by 0.
         target, stride, keep = w + p.at_seen_values, p.values_stride, w + p.at_seen
@@ -305,7 +373,7 @@ def attend(params, w, batch, kv_head, count, panels, alone, chunk):
     if alone:
         stage_k = stage_v = 1
         keep_k, keep_v = w + p.at_keep_k, w + p.at_keep_v
-    staged = (1 if stage_k else 0) + (2 if stage_v else 0)
+    staged = (1 if stage_k else 0) + (2 if stage_v else 0) + (4 if alone else 0)
     block = low // block_k * block_k
     while block < high:
         if get_atomic(counter) >= STOP:

@@ -1,0 +1,1 @@
+"""Functions of the user's, compiled into the kernels as passes over a tile of scores."""

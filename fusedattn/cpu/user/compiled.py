@@ -1,0 +1,111 @@
+"""Compiled functions of the user's: found again in this process and on disk."""
+
+# mypy: disable-error-code="no-untyped-call"
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import llvmlite.binding as llvm
+import numpy as np
+from numpy.typing import NDArray
+
+from fusedattn.block_mask import Predicate
+from fusedattn.cpu.cache import fetch
+from fusedattn.cpu.compile import host_machine, link_half_once
+from fusedattn.cpu.tile import Tile
+from fusedattn.functions import UserFunction, digest_of
+from fusedattn.undisturbed import undisturbed
+
+# Functions to keep in memory; a call that runs holds on to its own.
+_CAPACITY = 512
+
+_compiled: dict[Any, Native] = {}
+
+
+class Native(NamedTuple):
+    """Machine code: an address, and what keeps it in memory."""
+
+    address: int
+    engine: Any
+
+
+def score_pass(function: UserFunction, tile: Tile) -> Native:
+    """Return the pass over a tile of scores."""
+    from fusedattn.cpu.user import build
+
+    detail = (function.fingerprint, function.aux_kinds, tile.bits, tile.width, tile.vectors)
+    return _get("score_mod", detail, lambda: build.score_pass(function, tile))
+
+
+def mask_pass(predicate: Predicate, tile: Tile) -> Native:
+    """Return the pass that writes the mask of a tile."""
+    from fusedattn.cpu.user import build
+
+    detail = (predicate.structure(), tile.width, tile.vectors)
+    return _get("mask_mod", detail, lambda: build.mask_pass(predicate, tile))
+
+
+def score_scalar(function: UserFunction) -> Native:
+    """Return the function for one score in float64."""
+    from fusedattn.cpu.user import build
+
+    detail = (function.fingerprint, function.aux_kinds)
+    return _get("score_mod_one", detail, lambda: build.score_scalar(function))
+
+
+def mask_scalar(predicate: Predicate) -> Native:
+    """Return the function for one entry of the mask."""
+    from fusedattn.cpu.user import build
+
+    return _get("mask_mod_one", predicate.structure(), lambda: build.mask_scalar(predicate))
+
+
+def is_ready(name: str, detail: Any) -> bool:
+    """Whether a function is in memory already."""
+    return (name, detail) in _compiled
+
+
+def _get(name: str, detail: Any, build: Callable[[], Any]) -> Native:
+    found = _compiled.get((name, detail))
+    return undisturbed(_make, name, detail, build) if found is None else found
+
+
+def _make(name: str, detail: Any, build: Callable[[], Any]) -> Native:
+    """Compile or load; one thread at a time, and the next finds it done."""
+    found = _compiled.get((name, detail))
+    if found is not None:
+        return found
+    link_half_once()
+
+    def compile_it() -> bytes:
+        return bytes(host_machine().emit_object(build()))
+
+    code = fetch(name, digest_of(detail), compile_it)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), host_machine())
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    while len(_compiled) >= _CAPACITY:
+        del _compiled[next(iter(_compiled))]
+    native = _compiled[(name, detail)] = Native(engine.get_function_address(name), engine)
+    return native
+
+
+# --- how aux arrays reach a function -------------------------------------------------------------
+
+# Stands for the elements of an empty array: an index into it is held to its only place.
+_NOTHING = np.zeros(16, np.uint8)
+
+
+def describe_tables(arrays: tuple[NDArray[Any], ...]) -> ctypes.Array[ctypes.c_int64]:
+    """Address, lengths and strides in bytes of each array, as compiled functions read them."""
+    words: list[int] = []
+    for array in arrays:
+        empty = array.size == 0
+        holder = _NOTHING if empty else array
+        words.append(holder.__array_interface__["data"][0])
+        words += [1] * array.ndim if empty else array.shape
+        words += [0] * array.ndim if empty else array.strides
+    return (ctypes.c_int64 * max(1, len(words)))(*words)
