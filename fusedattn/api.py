@@ -165,8 +165,8 @@ def attention(
 
     Notes
     -----
-    The order of operations is ``scale * q k^T``, score_mod, softcap, ALiBi, bias, masks, softmax with sinks,
-    dropout, ``@ v``. Hidden keys are left out by selection: whatever they hold, NaN and inf too,
+    The order of operations is ``scale * q k^T``, score_mod, softcap, ALiBi, bias, masks, softmax
+    with sinks, dropout, ``@ v``. Hidden keys are left out by selection: whatever they hold, NaN and inf too,
     has no influence on a row that does not see them. NaN in a key or value that a row does see
     makes the row NaN.
 

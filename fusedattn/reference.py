@@ -7,7 +7,8 @@ than one that is shared.
 
 The order of operations is ::
 
-    scale * q k^T -> score_mod -> softcap -> + alibi -> + bias -> hide -> softmax with sinks -> dropout -> * v
+    scale * q k^T -> score_mod -> softcap -> + alibi -> + bias -> hide
+        -> softmax with sinks -> dropout -> * v
 
 Whatever a row does not see is left out by selection and never multiplied by zero: ``0 * NaN`` and
 ``0 * inf`` are NaN, and a finite "very negative" score would still count in a row without keys.

@@ -16,6 +16,7 @@ from fusedattn.cpu.micro import GROUPS
 from fusedattn.cpu.params import Bound, Template, groups_of, heads_per_item, tile_of
 from fusedattn.cpu.scratch import working_memory
 from fusedattn.cpu.tile import ROWS_PER_ITEM, host_isa, tile_for
+from fusedattn.cpu.user.code import UserCode
 from fusedattn.problem import AttentionProblem, Gradients, Lengths, Result
 from fusedattn.undisturbed import undisturbed
 
@@ -38,7 +39,8 @@ class Prepared:
         natives: dict[str, int] = {}
         for group in groups_of(problem):
             natives |= get_micro(tile, group).addresses
-        self._template = Template(problem, tile, natives)
+        self._user = UserCode(problem, tile)
+        self._template = Template(problem, tile, natives | self._user.passes)
         self._flops = problem.flops
         pairs = problem.batch_size * problem.num_heads * problem.seqlen_q * problem.seqlen_k
         self._most_flops = 2 * (problem.head_dim + problem.head_dim_v) * pairs
@@ -49,10 +51,12 @@ class Prepared:
         slopes: NDArray[Any] | None,
         sinks: NDArray[Any] | None,
         lengths: Lengths | None = None,
+        aux: tuple[NDArray[Any], ...] = (),
     ) -> None:
         """Compute into out and lse: operands are ``(q, k, v, out, lse, mask, bias)``.
 
-        ``lengths`` are given where they differ from those of the problem it was prepared for.
+        ``lengths`` are given where they differ from those of the problem it was prepared for;
+        ``aux`` are the arrays of its score_mod.
         """
         template, count = self._template, threads.get_num_threads()
         if template.items == 0:
@@ -60,11 +64,14 @@ class Prepared:
         flops = self._flops if lengths is None else self._most_flops
         few_items = count > 1 and template.items < ITEMS_PER_THREAD * count
         split = few_items and template.chunks > 1 and flops >= ALONE_FLOPS
-        bound = template.bind(operands, slopes, sinks, lengths, split)
-        rescue = known_rescue()
-        if rescue is not None:
+        bound = template.bind(operands, slopes, sinks, lengths, aux, split)
+        rescue, scalars = known_rescue(), self._user.scalars
+        if rescue is not None and scalars is not None:
+            bound.enter_functions(scalars)
             bound.enter_rescue(rescue)
         if self._execute(bound, flops):  # the first row ever that needs it: compile, start over
+            self._user.compile_scalars()
+            bound.enter_functions(self._user.scalars or {})
             bound.enter_rescue(get_rescue())
             bound.start_over()
             self._execute(bound, flops)
@@ -123,7 +130,8 @@ class Cpu:
         out = problem.out if problem.out is not None else problem.empty_out()
         lse = np.empty(problem.lse_shape, problem.accumulator) if problem.return_lse else None
         operands = (problem.q, problem.k, problem.v, out, lse, problem.mask, problem.bias)
-        self.prepare(problem).run(operands, problem.alibi_slopes, problem.sinks)
+        aux = () if problem.score_mod is None else problem.score_mod.aux
+        self.prepare(problem).run(operands, problem.alibi_slopes, problem.sinks, aux=aux)
         return Result(out, lse)
 
     def backward(

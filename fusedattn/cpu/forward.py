@@ -37,7 +37,7 @@ from fusedattn.cpu.memory import (
     smaller,
 )
 from fusedattn.cpu.micro import LOG2_E, SIGNATURES
-from fusedattn.cpu.params import OFFSETS, STOP, params_at
+from fusedattn.cpu.params import OFFSETS, STOP, USER_FUNCTIONS, params_at
 from fusedattn.cpu.partial import fold, restore, save
 from fusedattn.cpu.simd import native
 from fusedattn.cpu.tile import ROWS_TOGETHER
@@ -81,13 +81,7 @@ gather = _call["gather"]
 row_scores = _call["row_scores"]
 row_accumulate = _call["row_accumulate"]
 # Functions of the user's, see `fusedattn.cpu.user`.
-USER_SIGNATURES = {
-    "score_mod": "iiiiiii>",
-    "mask_mod": "iiiiiii>",
-    "score_mod_one": "fiiiii>f",
-    "mask_mod_one": "iiiii>i",
-}
-score_mod, mask_mod = (native(USER_SIGNATURES[name]) for name in ("score_mod", "mask_mod"))
+score_mod, mask_mod = (native(USER_FUNCTIONS[name]) for name in ("score_mod", "mask_mod"))
 
 
 @kernel("iiiiiii>")
@@ -381,27 +375,34 @@ def attend(params, w, batch, kv_head, count, panels, alone, chunk):
         begin, end = larger(block, low), smaller(block + block_k, high)
         keys, k_stride = k + begin * k_row, k_row
         values, v_stride = v + begin * v_row, v_row
-        if alone:
-            mark_visible(p.run_mark_visible, params, w, batch, begin, end - begin, keep_k, keep_v)
-        if stage_k:
-            copied, k_stride = w + p.at_keys, p.keys_stride
-            stage(p.run_stage, copied, k_stride, keys, k_row, k_dim, end - begin, head_dim, keep_k)
-            keys = copied
-        if stage_v:
-            copied, v_stride = w + p.at_values, p.values_stride
-            stage(
-                p.run_stage, copied, v_stride, values, v_row, v_dim, end - begin, head_dim_v, keep_v
-            )
-            values = copied
+        ready = False
         for panel in range(panels):
             first = larger(begin, get_i64(bounds, 4 * panel))
             last = smaller(end, get_i64(bounds, 4 * panel + 1))
-            if first < last:
-                at_k, at_v = keys + (first - begin) * k_stride, values + (first - begin) * v_stride
-                attend_tile(
-                    params, w, batch, panel, first, last - first, at_k, k_stride, at_v, v_stride,
-                    groups, staged,
-                )  # fmt: skip
+            blocks = masks.FULL
+            if p.kinds and first < last:
+                first, last, blocks = kept_keys(params, w, panel, first, last)
+            if first >= last:
+                continue
+            if not ready:  # nothing is copied for a block that no panel keeps
+                ready, n = True, end - begin
+                if alone:
+                    mark_visible(p.run_mark_visible, params, w, batch, begin, n, keep_k, keep_v)
+                if stage_k:
+                    copied, k_stride = w + p.at_keys, p.keys_stride
+                    stage(p.run_stage, copied, k_stride, keys, k_row, k_dim, n, head_dim, keep_k)
+                    keys = copied
+                if stage_v:
+                    copied, v_stride = w + p.at_values, p.values_stride
+                    stage(
+                        p.run_stage, copied, v_stride, values, v_row, v_dim, n, head_dim_v, keep_v
+                    )
+                    values = copied
+            at_k, at_v = keys + (first - begin) * k_stride, values + (first - begin) * v_stride
+            attend_tile(
+                params, w, batch, panel, first, last - first, blocks, at_k, k_stride, at_v,
+                v_stride, groups, staged,
+            )  # fmt: skip
         block += block_k
     return True
 

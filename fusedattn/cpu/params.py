@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from fusedattn.cpu.memory import STORAGE_CODE, view_as
 from fusedattn.cpu.micro import LOG2_E, SIGNATURES, UNSEEN
 from fusedattn.cpu.tile import CHUNK_KEYS, ROWS_PER_ITEM, Tile, tile_for
+from fusedattn.cpu.user.words import describe_tables
 from fusedattn.masks import relative_bounds
 from fusedattn.problem import AttentionProblem, Lengths
 
@@ -41,17 +42,26 @@ OPERANDS = {
     "bias": ("head", "row", "key"),
 }
 
+# Functions of the user's: passes over a tile, and for one pair.
+USER_FUNCTIONS = {
+    "score_mod": "iiiiiii>",
+    "mask_mod": "iiiiiii>",
+    "score_mod_one": "fiiiii>f",
+    "mask_mod_one": "iiiii>i",
+}
+
 # A thread's working memory, by field: where each part begins.
 _SCRATCH = (
     "queries", "output", "scores_tile", "bias_tile", "mask_tile", "keys", "values",
-    "seen_values", "seen", "keep_k", "keep_v", "row_queries", "row_output", "row_max",
-    "row_sum", "alpha", "factor", "check", "q_rows", "out_rows", "mask_rows", "bias_rows",
+    "seen_values", "shown_tile", "seen", "keep_k", "keep_v", "row_queries", "row_output", "row_max",
+    "kinds", "row_sum", "alpha", "factor", "check", "q_rows", "out_rows", "mask_rows", "bias_rows",
     "low", "high", "position", "row", "head", "slope", "bounds", "bad", "exact", "partial",
     "softcap_slope",
 )  # fmt: skip
 
 _INTEGERS = [
     *(f"run_{name}" for name in SIGNATURES),  # addresses of the micro-kernels
+    *(f"run_{name}" for name in USER_FUNCTIONS),  # of the user's functions, 0 without
     "run_mark_visible",  # addresses of the rescue, 0 until it is compiled
     "run_rescue",
     "counter",  # the atomic counter that hands out items, itself
@@ -91,6 +101,15 @@ _INTEGERS = [
     "q_offset",
     "seqused_q",
     "seqused_k",  # to here
+    "score_words",  # descriptions of the aux arrays of the score_mod
+    "mask_words",  # and of those of the block mask's functions
+    "marks",  # 1: passes come after a score_mod, so what it hides is written down
+    "kinds",  # of the block mask's blocks, one byte each; 0 without
+    "kinds_batch",  # steps in bytes, 0 where all have the same
+    "kinds_head",
+    "kinds_row",
+    "kinds_rows",  # rows and keys of a block
+    "kinds_keys",
     "natural_units",  # 1: scale, then the passes in natural units; 0: straight to log2
     "exact",  # 1: every row takes the exact path
     "dropout",
@@ -120,6 +139,7 @@ _INDEX = {name: index for index, name in enumerate(_INTEGERS + _REALS)}
 _WORDS = ctypes.c_int64 * len(_INDEX)
 _ADDRESSES = tuple(_INDEX[name] for name in ("q", "k", "v", "out", "lse", "mask", "bias"))
 _SLOPES, _SINKS = _INDEX["slopes"], _INDEX["sinks"]
+_SCORE_WORDS = _INDEX["score_words"]
 _RESCUE = (_INDEX["run_mark_visible"], _INDEX["run_rescue"])
 _COUNTER, _STATES = _INDEX["counter"], _INDEX["states"]
 _LENGTH_NAMES = ("k_from", "k_to", "q_offset", "seqused_q", "seqused_k")
@@ -157,6 +177,11 @@ class Bound:
         """Enter the functions of the rescue."""
         self._words[_RESCUE[0]], self._words[_RESCUE[1]] = addresses
 
+    def enter_functions(self, addresses: dict[str, int]) -> None:
+        """Enter functions of the user's."""
+        for name, address in addresses.items():
+            self._words[_INDEX[f"run_{name}"]] = address
+
     def stop(self) -> None:
         """Make the workers leave what they have not begun."""
         self._words[_COUNTER] = STOP
@@ -181,6 +206,7 @@ class Template:
         lengths = Lengths(problem.q_offset, problem.seqused_q, problem.seqused_k)
         for name, table in zip(_LENGTH_NAMES, self._length_tables(lengths), strict=True):
             self._table(name, table)
+        self._lower_block_mask(problem)
         _lower_work(problem, tile, self.record)
         lower_scores(problem, self.record)
         _lower_scratch(tile, self.record)
@@ -198,11 +224,13 @@ class Template:
         slopes: NDArray[Any] | None,
         sinks: NDArray[Any] | None,
         lengths: Lengths | None,
+        aux: tuple[NDArray[Any], ...],
         split: bool,
     ) -> Bound:
         """Return the record of a call on ``(q, k, v, out, lse, mask, bias)`` and the rest.
 
-        ``lengths`` are the call's own, or None if they are those of the template's problem;
+        ``lengths`` are the call's own, or None if they are those of the template's problem; ``aux``
+        are the arrays of its score_mod;
         ``split``: whether the chunks of an item may go to several threads.
         """
         words = _WORDS.from_buffer_copy(self._image)
@@ -220,6 +248,9 @@ class Template:
         if sinks is not None:
             sinks = self._in_float64(sinks)
             words[_SINKS] = address_of(sinks)
+        described = describe_tables(aux) if aux else None
+        if described is not None:
+            words[_SCORE_WORDS] = ctypes.addressof(described)
         work, states, counts = self.items, None, None
         if split:
             work *= self.chunks
@@ -227,7 +258,9 @@ class Template:
             counts = states[: self.items]
             counts.fill(0)
             words[_STATES] = address_of(states)
-        return Bound(words, work, counts, (self, operands, slopes, sinks, tables, states))
+        return Bound(
+            words, work, counts, (self, operands, slopes, sinks, tables, states, aux, described)
+        )
 
     def _in_float64(self, values: NDArray[Any]) -> NDArray[np.float64]:
         """Slopes or sinks, which count in the accumulator type whatever they are stored in."""
@@ -252,6 +285,20 @@ class Template:
             self.record[name] = getattr(problem, name)
         if problem.bias is not None:
             self.record["bias_storage"] = STORAGE_CODE[STORAGE_NAME[problem.bias.dtype]]
+
+    def _lower_block_mask(self, problem: AttentionProblem) -> None:
+        """Kinds of the blocks, and what is asked in partial ones."""
+        mask, record = problem.block_mask, self.record
+        if mask is None:
+            return
+        self._table("kinds", mask.kinds)
+        for name, axis in (("batch", 0), ("head", 1), ("row", 2)):
+            one_for_all = axis < 2 and mask.kinds.shape[axis] == 1
+            record[f"kinds_{name}"] = 0 if one_for_all else mask.kinds.strides[axis]
+        record["kinds_rows"], record["kinds_keys"] = mask.block
+        leaves = [part.leaf for part in mask.predicate.leaves() if part.leaf is not None]
+        self._mask_words = describe_tables(tuple(a for leaf in leaves for a in leaf.aux))
+        record["mask_words"] = ctypes.addressof(self._mask_words)
 
     def _length_tables(self, lengths: Lengths) -> tuple[NDArray[np.int64], ...]:
         """Tables in the order of `_LENGTHS`: the bounds of the keys seen, relative to the row."""
@@ -298,6 +345,8 @@ def lower_scores(problem: AttentionProblem, record: NDArray[Any]) -> None:
         record["to_log2"] = abs(scale) * LOG2_E if scale else 1.0
         record["query_sign"] = np.sign(scale)
     record["softcap"] = problem.softcap or 0.0
+    later = (problem.softcap, problem.alibi_slopes, problem.bias)
+    record["marks"] = problem.score_mod is not None and any(x is not None for x in later)
     if problem.dropout_p > 0.0:
         record["dropout"] = 1
         record["threshold"] = int(problem.dropout_p * 2.0**32)
@@ -308,12 +357,14 @@ def lower_scores(problem: AttentionProblem, record: NDArray[Any]) -> None:
 def groups_of(problem: AttentionProblem) -> list[str]:
     """Which groups of micro-kernels a problem needs."""
     few = takes_few_rows(problem)
+    user = problem.score_mod is not None or problem.block_mask is not None
     needed = {
         "common": True,
         "rows": few,
         "panels": not few,
         "passes": in_natural_units(problem, few),
-        "mask": problem.mask is not None,
+        "mask": problem.mask is not None or user,
+        "user": user,
         "dropout": problem.dropout_p > 0.0,
     }
     return [group for group, is_needed in needed.items() if is_needed]
@@ -331,7 +382,7 @@ def _widest_tile(problem: AttentionProblem) -> Tile:
 
 def in_natural_units(problem: AttentionProblem, few: bool) -> bool:
     """Whether scores take passes in natural units; few rows are not packed, which takes a sign."""
-    options = (problem.softcap, problem.bias, problem.alibi_slopes)
+    options = (problem.score_mod, problem.softcap, problem.bias, problem.alibi_slopes)
     return any(option is not None for option in options) or (few and problem.scale <= 0.0)
 
 
@@ -404,7 +455,7 @@ def _lower_scratch(tile: Tile, record: NDArray[Any]) -> None:
         "output": rows * head_dim_v * size,
         "scores_tile": tile_bytes,
         "bias_tile": tile_bytes,
-        "mask_tile": keys * lanes,
+        **dict.fromkeys(("mask_tile", "shown_tile"), keys * lanes),
         "keys": keys * keys_stride,
         "values": keys * values_stride,
         "seen_values": keys * values_stride,
@@ -413,7 +464,7 @@ def _lower_scratch(tile: Tile, record: NDArray[Any]) -> None:
         "row_output": few * row_output_stride,
         **dict.fromkeys(("row_max", "row_sum", "factor", "check", "slope"), rows * size),
         "alpha": lanes * size,
-        **dict.fromkeys(("q_rows", "out_rows", "mask_rows", "bias_rows", "bad"), rows * 8),
+        **dict.fromkeys(("q_rows", "out_rows", "mask_rows", "bias_rows", "kinds", "bad"), rows * 8),
         **dict.fromkeys(("low", "high", "position", "row", "head"), rows * 4),
         "bounds": 4 * 8 * panels,
         "exact": 4 * 8 * head_dim_v,

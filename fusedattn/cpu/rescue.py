@@ -11,8 +11,14 @@ from __future__ import annotations
 
 import math
 
-from fusedattn import philox
-from fusedattn.cpu.forward import COUNTER, attend_all, fill_lanes, finish, row_interval
+from fusedattn import masks, philox
+from fusedattn.cpu.forward import (
+    COUNTER,
+    attend_all,
+    fill_lanes,
+    finish,
+    row_interval,
+)
 from fusedattn.cpu.memory import (
     get_atomic,
     get_f64,
@@ -28,7 +34,7 @@ from fusedattn.cpu.memory import (
     write_storage,
 )
 from fusedattn.cpu.micro import SIGNATURES
-from fusedattn.cpu.params import STOP, params_at
+from fusedattn.cpu.params import STOP, USER_FUNCTIONS, params_at
 from fusedattn.cpu.simd import native
 
 # Sums of values near the largest float64 are kept this much smaller: 2**30 of them still fit.
@@ -36,6 +42,9 @@ SHRINK = 2.0**-64
 
 philox4x32 = kernel("iiiiii>iiii")(philox.philox4x32)
 dot = native(SIGNATURES["dot"])
+score_mod_one, mask_mod_one = (
+    native(USER_FUNCTIONS[name]) for name in ("score_mod_one", "mask_mod_one")
+)
 
 
 @kernel("iii>f")
@@ -46,11 +55,27 @@ def bias_at(params, row_address, key):
     return round_real(read_storage(at, p.bias_storage), p.real_bytes)
 
 
-@kernel("iiii>b")
-def is_visible(params, mask_row, bias_row, key):
-    """Whether mask and bias show a key of the row's interval."""
+@kernel("iiiii>b")
+def is_in_blocks(params, batch, head, row, key):
+    """Whether the block mask shows a key."""
+    p = params_at(params)
+    kinds = p.kinds
+    if not kinds:
+        return True
+    kinds += batch * p.kinds_batch + head * p.kinds_head + row // p.kinds_rows * p.kinds_row
+    kind = get_u8(kinds, key // p.kinds_keys)
+    if kind == masks.EDGE:
+        return mask_mod_one(p.run_mask_mod_one, batch, head, row, key, p.mask_words) != 0
+    return kind == masks.FULL
+
+
+@kernel("iiiiiii>b")
+def is_visible(params, batch, head, row, mask_row, bias_row, key):
+    """Whether masks and bias show a key of the row's interval."""
     p = params_at(params)
     if mask_row and get_u8(mask_row, key * p.mask_key) == 0:
+        return False
+    if not is_in_blocks(params, batch, head, row, key):
         return False
     return not (bias_row and bias_at(params, bias_row, key) == -math.inf)
 
@@ -100,17 +125,21 @@ def mark_visible(params, w, batch, first_key, n, keep_k, keep_v):
     head = get_i32(w + p.at_head, 0)
     mask_row, bias_row = row_addresses(params, batch, head, row)
     for j in range(n):
-        seen = is_visible(params, mask_row, bias_row, first_key + j)
+        seen = is_visible(params, batch, head, row, mask_row, bias_row, first_key + j)
         set_u8(keep_k, j, 1 if seen else 0)
         kept = seen and is_kept(params, batch, head, row, first_key + j)
         set_u8(keep_v, j, 1 if kept else 0)
 
 
-@kernel("iiiifii>f")
-def exact_score(params, q, k, bias_row, slope, position, key):
-    """The score of one visible key in natural units, in float64."""
+@kernel("iiiiiiifii>f")
+def exact_score(params, batch, head, row, q, k, bias_row, slope, position, key):
+    """The score of one visible key in natural units, in float64; -inf if the score_mod hides it."""
     p = params_at(params)
     score = p.scale * dot(p.run_dot, q, p.q_dim, k, p.k_dim, p.head_dim)
+    if p.run_score_mod:
+        score = score_mod_one(p.run_score_mod_one, score, batch, head, row, key, p.score_words)
+        if score == -math.inf:
+            return score
     softcap = p.softcap
     if softcap > 0.0:
         score = softcap * math.tanh(score / softcap)
@@ -136,7 +165,7 @@ def has_nan_value(params, batch, head, row):
             d += 1
         if (
             d == columns
-            and is_visible(params, mask_row, bias_row, key)
+            and is_visible(params, batch, head, row, mask_row, bias_row, key)
             and is_kept(params, batch, head, row, key)
         ):
             return True
@@ -173,8 +202,9 @@ def exact_row(params, w, batch, head, row):
     for key in range(low, high):
         if get_atomic(params + COUNTER) >= STOP:
             return
-        if is_visible(params, mask_row, bias_row, key):
-            score = exact_score(params, q, k + key * k_row, bias_row, slope, position, key)
+        if is_visible(params, batch, head, row, mask_row, bias_row, key):
+            at_k = k + key * k_row
+            score = exact_score(params, batch, head, row, q, at_k, bias_row, slope, position, key)
             if score > largest:
                 largest = score
             if score != score or score == math.inf:
@@ -193,9 +223,12 @@ def exact_row(params, w, batch, head, row):
         for key in range(low, high):
             if get_atomic(params + COUNTER) >= STOP:
                 return
-            if not is_visible(params, mask_row, bias_row, key):
+            if not is_visible(params, batch, head, row, mask_row, bias_row, key):
                 continue
-            score = exact_score(params, q, k + key * k_row, bias_row, slope, position, key)
+            at_k = k + key * k_row
+            score = exact_score(params, batch, head, row, q, at_k, bias_row, slope, position, key)
+            if score == -math.inf and p.run_score_mod:
+                continue
             weight = math.exp(score - largest)
             total += weight
             if is_kept(params, batch, head, row, key):
@@ -247,7 +280,8 @@ def rescue(params, w, batch, entry):
     p = params_at(params)
     head, row = entry // 2 // p.seqlen_q, entry // 2 % p.seqlen_q
     if entry % 2 == 0:
-        if has_nan_value(params, batch, head, row):
+        # (What a score_mod hides is known when the scores are.)
+        if not p.run_score_mod and has_nan_value(params, batch, head, row):
             return 1
         fill_lanes(params, w, batch, head, row, 1, 1)
         if not attend_all(params, w, batch, head // p.group_size, 1, 1, 1):

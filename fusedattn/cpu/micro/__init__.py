@@ -68,6 +68,7 @@ GROUPS = {
         "mask_tile": "iiiiii>i",
         "hide_masked": "iii>",
     },
+    "user": {"mark_hidden": "iii>", "both": "iii>", "summary": "iii>i"},
     "dropout": {"drop": "iiiiiiii>"},
 }
 # Those of the backward pass, which uses most of the others again.

@@ -135,6 +135,17 @@ class Softmax(Kernels):
 
         self._each(e, s, n, hide)
 
+    def mark_hidden(self, e: Emitter, s, n, shown) -> None:
+        """``shown[j][lane]`` becomes 0 where the score is minus infinity, else 1."""
+        build, byte_vec = e.builder, ir.VectorType(I8, self.tile.width)
+        hidden = e.splat_const(float("-inf"))
+        with e.loop(n) as j:
+            row = e.pointer(e.offset(s, j, self.row_bytes))
+            for v in range(self.tile.vectors):
+                seen = build.fcmp_unordered("!=", self._load(e, row, v), hidden)
+                at = build.add(e.offset(shown, j, self.tile.lanes), I64(v * self.tile.width))
+                e.store(build.zext(seen, byte_vec), at)
+
     def hide_masked(self, e: Emitter, s, n, mask) -> None:
         """Minus infinity where the byte ``mask[j][lane]`` is 0."""
         build, byte_vec = e.builder, ir.VectorType(I8, self.tile.width)

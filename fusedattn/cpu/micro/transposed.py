@@ -122,6 +122,19 @@ class Transposed(Kernels):
         dense = build.icmp_signed("==", step, I64(1))
         self._transposed(e, table, offset, step, n, dense, block, single)
 
+        return self.summary(e, target, n, seen)
+
+    def both(self, e: Emitter, target, n, other) -> None:
+        """``target[key][lane]`` stays where ``other[key][lane]`` is set too."""
+        build, byte_vec = e.builder, ir.VectorType(I8, self.tile.width)
+        with e.loop(build.mul(n, I64(self.tile.vectors))) as i:
+            at, beside = (e.offset(bytes_at, i, self.tile.width) for bytes_at in (target, other))
+            e.store(build.and_(e.load(at, byte_vec), e.load(beside, byte_vec)), at)
+
+    def summary(self, e: Emitter, target, n, seen) -> ir.Value:
+        """What a tile of a mask holds, as `mask_tile` says it; enters ``seen``."""
+        build, width, lanes = e.builder, self.tile.width, self.tile.lanes
+        byte_vec = ir.VectorType(I8, width)
         none, every = e.splat_int(0, byte_vec), ir.Constant(ir.IntType(width), -1)
         any_bits, all_bits = (e.variable(x) for x in (ir.Constant(every.type, 0), every))
         keys_seen = e.variable(I64(0))

@@ -4,13 +4,10 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm
-import numpy as np
-from numpy.typing import NDArray
 
 from fusedattn.block_mask import Predicate
 from fusedattn.cpu.cache import fetch
@@ -91,21 +88,3 @@ def _make(name: str, detail: Any, build: Callable[[], Any]) -> Native:
         del _compiled[next(iter(_compiled))]
     native = _compiled[(name, detail)] = Native(engine.get_function_address(name), engine)
     return native
-
-
-# --- how aux arrays reach a function -------------------------------------------------------------
-
-# Stands for the elements of an empty array: an index into it is held to its only place.
-_NOTHING = np.zeros(16, np.uint8)
-
-
-def describe_tables(arrays: tuple[NDArray[Any], ...]) -> ctypes.Array[ctypes.c_int64]:
-    """Address, lengths and strides in bytes of each array, as compiled functions read them."""
-    words: list[int] = []
-    for array in arrays:
-        empty = array.size == 0
-        holder = _NOTHING if empty else array
-        words.append(holder.__array_interface__["data"][0])
-        words += [1] * array.ndim if empty else array.shape
-        words += [0] * array.ndim if empty else array.strides
-    return (ctypes.c_int64 * max(1, len(words)))(*words)

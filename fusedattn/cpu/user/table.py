@@ -76,7 +76,9 @@ def read_table(context: Any, builder: Any, kind: Table, words: Any, first: int) 
 
 
 def _index_types(index: Any) -> tuple[Any, ...] | None:
-    parts = tuple(index.types) if isinstance(index, types.BaseTuple) else (index,)
+    parts: tuple[Any, ...] = (index,)
+    if isinstance(index, types.BaseTuple):
+        parts = tuple(part for part in index)  # type: ignore[attr-defined]
     return parts if all(isinstance(part, types.Integer) for part in parts) else None
 
 
