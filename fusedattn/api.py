@@ -166,9 +166,9 @@ def attention(
     Notes
     -----
     The order of operations is ``scale * q k^T``, score_mod, softcap, ALiBi, bias, masks, softmax
-    with sinks, dropout, ``@ v``. Hidden keys are left out by selection: whatever they hold, NaN and inf too,
-    has no influence on a row that does not see them. NaN in a key or value that a row does see
-    makes the row NaN.
+    with sinks, dropout, ``@ v``. Hidden keys are left out by selection: whatever they hold, NaN and
+    inf too, has no influence on a row that does not see them. NaN in a key or value that a row does
+    see makes the row NaN.
 
     No finite input gives inf or NaN as long as ``max(1, |scale|) * sum(|q_d k_d|) + |bias| +
     |alibi|`` stays below a quarter of the largest accumulator number; v may go up to its largest.

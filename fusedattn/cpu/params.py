@@ -402,7 +402,9 @@ def heads_per_item(problem: AttentionProblem) -> int:
 def tile_of(problem: AttentionProblem) -> Tile:
     """Return the tile shape that serves a problem."""
     rows = heads_per_item(problem) * problem.seqlen_q
-    return tile_for(STORAGE_NAME[problem.dtype], STORAGE_NAME[problem.out_dtype], rows)
+    block_rows = None if problem.block_mask is None else problem.block_mask.block[0]
+    storage, out_storage = STORAGE_NAME[problem.dtype], STORAGE_NAME[problem.out_dtype]
+    return tile_for(storage, out_storage, rows, block_rows=block_rows)
 
 
 def _lower_work(problem: AttentionProblem, tile: Tile, record: NDArray[Any]) -> None:

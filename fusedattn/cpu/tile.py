@@ -9,6 +9,7 @@ neither threads nor sequence lengths nor neighbours in the batch may move a bit 
 from __future__ import annotations
 
 import functools
+import math
 import os
 from dataclasses import dataclass
 
@@ -122,10 +123,17 @@ class Tile:
 _SPEED = {1: 0.6, 2: 0.95, 3: 1.0, 4: 1.02}
 
 
-def tile_for(storage: str, out_storage: str, rows: int = 4096, isa: Isa | None = None) -> Tile:
+def tile_for(
+    storage: str,
+    out_storage: str,
+    rows: int = 4096,
+    isa: Isa | None = None,
+    block_rows: int | None = None,
+) -> Tile:
     """Return the tile that serves an element type, and so many query rows, on a machine.
 
-    Few rows take a narrower panel when that wastes fewer lanes. Lanes do not know each other, so
+    Few rows take a narrower panel when that wastes fewer lanes, and so do the blocks of a block
+    mask, ``block_rows`` high, where a panel would lie across several of them. Lanes do not know each other, so
     the width of the panel moves no bit.
     """
     isa = isa or host_isa()
@@ -159,6 +167,9 @@ def _vectors(rows: int, width: int, most: int) -> int:
     """Vectors per panel, at most so many, with which the rows take the least time."""
 
     def cost(vectors: int) -> float:
-        return -(-rows // (vectors * width)) * vectors / _SPEED[vectors]
+        lanes, blocks = vectors * width, 1.0
+        if block_rows is not None:  # how many blocks a panel meets on average: it computes for all
+            blocks += (lanes - math.gcd(lanes, block_rows)) / block_rows
+        return blocks * -(-rows // lanes) * vectors / _SPEED[vectors]
 
     return min(range(most, 0, -1), key=cost)
