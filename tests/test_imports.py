@@ -42,7 +42,16 @@ MAY_IMPORT = {
     "gradients": {"checks", "dispatch", "problem"},
     "": {"api", "block_mask", "gradients", "merge", "problem"},
     # The kit judges other people's kernels: it knows the specification and no kernel of ours.
-    "testing": {"testing", "problem", "masks", "merge", "reference"},
+    "testing": {
+        "block_mask",
+        "functions",
+        "masks",
+        "merge",
+        "pointwise",
+        "problem",
+        "reference",
+        "testing",
+    },
     # Other people's automatic differentiation, on top of the public functions.
     "interop": {"api", "gradients", "problem"},
     "__main__": None,

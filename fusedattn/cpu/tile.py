@@ -133,8 +133,8 @@ def tile_for(
     """Return the tile that serves an element type, and so many query rows, on a machine.
 
     Few rows take a narrower panel when that wastes fewer lanes, and so do the blocks of a block
-    mask, ``block_rows`` high, where a panel would lie across several of them. Lanes do not know each other, so
-    the width of the panel moves no bit.
+    mask, ``block_rows`` high, where a panel would lie across several of them. Lanes do not know
+    each other, so the width of the panel moves no bit.
     """
     isa = isa or host_isa()
     # rows * vectors accumulators, one row of the panel and a broadcast must fit the registers.

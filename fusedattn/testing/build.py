@@ -10,7 +10,7 @@ import ml_dtypes  # noqa: F401  (registers the name bfloat16)
 import numpy as np
 
 from fusedattn.problem import MAX_SEQLEN
-from fusedattn.testing import fill
+from fusedattn.testing import fill, functions
 from fusedattn.testing.buffers import PLACEMENTS, Array, same_everywhere
 from fusedattn.testing.cases import Case
 from fusedattn.testing.roundoff import largest
@@ -31,6 +31,8 @@ OPTIONAL = (
     "alibi_slopes",
     "softcap",
     "sinks",
+    "score_mod",
+    "block_mask",
     "dropout_p",
     "layout",
     "out",
@@ -62,6 +64,12 @@ def build(
         keywords["softcap"] = float(rng.choice([1.0, 5.0, 30.0, 0.3, 50.0, 1e4]))
     float_dtype = functools.partial(_any_float, rng, accumulator, mixed)
     keywords |= logit_terms(rng, size, on, room, float_dtype)
+    batch = int(np.prod(size.batch_shape, dtype=np.int64))
+    if "score_mod" in on:
+        keywords |= functions.draw_score_mod(rng, batch, size.seqlen_q, size.seqlen_k)
+    if "block_mask" in on:
+        lengths = (size.seqlen_q, size.seqlen_k)
+        keywords["block_mask"] = functions.draw_block_mask(rng, batch, size.num_heads, *lengths)
     if "sinks" in on:
         sinks = rng.standard_normal(size.num_heads) * rng.choice([1.0, 10.0, 100.0])
         keywords["sinks"] = sinks.astype(float_dtype())

@@ -28,6 +28,9 @@ KEYWORDS = frozenset(
         "alibi_slopes",
         "softcap",
         "sinks",
+        "score_mod",
+        "score_mod_aux",
+        "block_mask",
         "dropout_p",
         "seed",
         "layout",
@@ -51,6 +54,7 @@ CAPABILITIES = frozenset(
 # A confession, weights are rounded to the half type of the inputs; and a keyword of gradients.
 CONFESSIONS = frozenset({"half_weights", "d_lse"})
 EVERYTHING = KEYWORDS | CAPABILITIES
+_NAMES = KEYWORDS | {"q", "k", "v"}
 
 
 class OutsideDomain(Exception):
@@ -110,7 +114,10 @@ class Kernel:
             empty = np.full(problem.out_shape, poison(problem.out_dtype), problem.out_dtype)
             out = Placed(empty, dense(case, "out", bshd))
         arguments: dict[str, Any] = {**case.keywords}
-        arguments |= {name: buffer.view for name, buffer in placed.items()}
+        arguments |= {name: buffer.view for name, buffer in placed.items() if name in _NAMES}
+        if "score_mod_aux" in arguments:
+            count = len(arguments["score_mod_aux"])
+            arguments["score_mod_aux"] = tuple(placed[_aux_name(i)].view for i in range(count))
         if out is not None:
             arguments["out"] = out.view
         if bshd:
@@ -155,7 +162,13 @@ def place(case: Case) -> dict[str, Placed]:
     for name, value in case.keywords.items():
         if isinstance(value, np.ndarray):
             placed[name] = Placed(value, case.placement.get(name, "plain"))
+    for i, value in enumerate(case.keywords.get("score_mod_aux", ())):
+        placed[_aux_name(i)] = Placed(value, "plain")
     return placed
+
+
+def _aux_name(index: int) -> str:
+    return f"score_mod_aux[{index}]"
 
 
 def _same_memory(first: Array, second: Array) -> bool:
@@ -187,6 +200,7 @@ def _canonical(out: Any, lse: Any, problem: AttentionProblem, bshd: bool) -> Ans
 
 
 def as_supports(names: Iterable[str]) -> frozenset[str]:
-    """Return declared names as a set; ``dropout_p`` brings its seed along."""
+    """Return declared names as a set; ``dropout_p`` and ``score_mod`` bring others along."""
     chosen = frozenset(names)
-    return chosen | {"seed"} if "dropout_p" in chosen else chosen
+    brought = {"dropout_p": "seed", "score_mod": "score_mod_aux"}
+    return chosen | {other for name, other in brought.items() if name in chosen}

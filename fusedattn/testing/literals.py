@@ -10,6 +10,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from fusedattn.block_mask import BlockMask
+from fusedattn.testing import functions
+
 # Arrays up to this many elements are written out.
 _READABLE = 64
 
@@ -17,7 +20,8 @@ _READABLE = 64
 def source(value: Any) -> str:
     """Return an expression that makes an equal value.
 
-    It needs ``numpy as np``, ``ml_dtypes``, ``inf``, ``nan`` and `unpack`.
+    It needs ``numpy as np``, ``ml_dtypes``, ``inf``, ``nan``, `unpack`, `functions` and
+    `make_block_mask`.
 
     Examples
     --------
@@ -28,6 +32,12 @@ def source(value: Any) -> str:
     """
     if isinstance(value, np.generic):
         return f"np.{value.dtype.name}({value.item()!r})"
+    if isinstance(value, BlockMask):
+        return functions.block_mask_source(value, source)
+    if callable(value) and value in functions.SCORE_FUNCTIONS.values():
+        return f"functions.{value.__name__}"
+    if isinstance(value, tuple) and any(isinstance(part, np.ndarray) for part in value):
+        return "(" + "".join(f"{source(part)}, " for part in value) + ")"
     if not isinstance(value, np.ndarray):
         return repr(value)
     name = _dtype_name(value.dtype)

@@ -130,7 +130,8 @@ def runnable(law: Law, kernel: Kernel, case: Case) -> str:
     check = law.check
     module = check.__module__.rsplit(".", 1)[-1]
     lines = ["from numpy import inf, nan", "import ml_dtypes", "import numpy as np", ""]
-    lines += ["from fusedattn.testing import Case, Kernel, laws, unpack"]
+    lines += ["from fusedattn import make_block_mask"]
+    lines += ["from fusedattn.testing import Case, Kernel, functions, laws, unpack"]
     options = [f"supports=frozenset({sorted(kernel.supports)!r})", f"dtypes={kernel.dtypes!r}"]
     for name in ("fn", "gradient", "set_threads"):
         function = getattr(kernel, name)

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fusedattn.functions import UserFunction
+from fusedattn.pointwise import evaluate
 from fusedattn.problem import AttentionProblem
 
 Float64 = NDArray[np.float64]
@@ -27,9 +29,10 @@ _BLOCK_ELEMENTS = 1 << 19
 class RowBlock:
     """Logits of some rows of some heads of one batch item, shape ``(heads, rows, keys)``.
 
-    ``dot_size`` is ``|scale| * sum_d |q_d k_d|``, ``raw`` the scaled product itself, ``capped`` the
-    same after softcap, ``added_size`` is ``|alibi| + |bias|`` and ``logits`` the sum, ``-inf``
-    where the key is hidden. ``input_size`` is ``sum_d |q_d| + sum_d |k_d|``.
+    ``dot_size`` is ``|scale| * sum_d |q_d k_d|``, ``raw`` the scaled product itself, ``modified``
+    the same after the score_mod, ``capped`` after softcap, ``added_size`` is ``|alibi| + |bias|`` and
+    ``logits`` the sum, ``-inf`` where the key is hidden. ``input_size`` is
+    ``sum_d |q_d| + sum_d |k_d|``.
     """
 
     index: tuple[Any, ...]
@@ -39,6 +42,7 @@ class RowBlock:
     attended: Bool
     dot_size: Float64
     raw: Float64
+    modified: Float64
     capped: Float64
     added_size: Float64
     logits: Float64
@@ -103,9 +107,15 @@ def _row_block(
     abs_q, abs_k = np.abs(q), np.abs(k_t)
     raw = (q @ k_t) * problem.scale
     dot_size = (abs_q @ abs_k) * abs(problem.scale)
-    cap = problem.softcap
-    capped = raw if cap is None else cap * np.tanh(raw / cap)
     attended = np.broadcast_to(visible(problem, batch, rows), raw.shape)
+    if problem.block_mask is not None:
+        attended = attended & _in_blocks(problem, batch, heads, rows)
+    modified = raw
+    if problem.score_mod is not None:
+        modified = _modified(problem.score_mod, raw, batch, heads, rows)
+        attended = attended & (modified != -np.inf)
+    cap = problem.softcap
+    capped = modified if cap is None else cap * np.tanh(modified / cap)
     logits, added_size = capped, np.zeros(())
     if problem.alibi_slopes is not None:
         slopes = problem.alibi_slopes[index][heads].astype(problem.accumulator).astype(np.float64)
@@ -131,6 +141,7 @@ def _row_block(
         attended=attended,
         dot_size=dot_size,
         raw=raw,
+        modified=modified,
         capped=capped,
         added_size=np.where(attended, added_size, 0.0),
         logits=np.where(attended, logits, -np.inf),
@@ -139,12 +150,41 @@ def _row_block(
     )
 
 
+def _modified(
+    function: UserFunction, raw: Float64, batch: int, heads: slice, rows: slice
+) -> Float64:
+    """Ask a score_mod about each pair of a block."""
+    head, row, key = np.indices(raw.shape)
+    head, row, where = head + heads.start, row + rows.start, np.full(raw.size, batch)
+    pairs = (where, head.ravel(), row.ravel(), key.ravel())
+    return evaluate(function, raw.ravel(), *pairs).reshape(raw.shape)
+
+
+def _in_blocks(problem: AttentionProblem, batch: int, heads: slice, rows: slice) -> Bool:
+    """Ask the functions of a block mask about each pair: what its blocks say does not count."""
+    mask = problem.block_mask
+    assert mask is not None
+    shape = (heads.stop - heads.start, rows.stop - rows.start, problem.seqlen_k)
+    head, row, key = (part.ravel() for part in np.indices(shape))
+    where = np.full(head.shape, batch)
+    seen: Bool = mask.predicate(where, head + heads.start, row + rows.start, key).reshape(shape)
+    return seen
+
+
 def attended(problem: AttentionProblem) -> Bool:
     """Which keys each row attends, ``(*batch, heads, seqlen_q, seqlen_k)``."""
     seen = np.zeros((*problem.lse_shape, problem.seqlen_k), np.bool_)
     everything = slice(0, problem.seqlen_q)
     for batch, index in enumerate(np.ndindex(*problem.batch_shape)):
         seen[index] = visible(problem, batch, everything)
+        heads = slice(0, problem.num_heads)
+        if problem.block_mask is not None:
+            seen[index] &= _in_blocks(problem, batch, heads, everything)
+        if problem.score_mod is not None:
+            # What is hidden depends on positions alone in all that is drawn.
+            nothing = np.zeros(seen[index].shape)
+            shown = _modified(problem.score_mod, nothing, batch, heads, everything)
+            seen[index] &= shown != -np.inf
     if problem.mask is not None:
         seen &= problem.mask
     if problem.bias is not None:

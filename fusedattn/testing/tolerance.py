@@ -15,7 +15,9 @@ logits ``s_j``, maximum ``m`` (sink included), weights ``w_j = exp(s_j - lse)``,
 **Logits.** A dot product of ``D`` terms, its scale folded in before or after, costs at most
 ``D + 4`` roundings of ``S_j = |scale| sum_d |q_d k_d|``: D for products and sums in any order; the
 rounding of the scale and its product; two more when the kernel works in base 2 or gives ``q`` and
-``k`` a square root of the scale each. Softcap divides (inside the 4), takes tanh and multiplies:
+``k`` a square root of the scale each. A score_mod f (see `fusedattn.testing.functions`) has a slope
+of at most 1, so the error of its argument x is that of its result, and its own four roundings add
+``4u (|x| + |f(x)|)``. Softcap divides (inside the 4), takes tanh and multiplies:
 the error ``d`` of its argument becomes ``max(cap(x + d) - cap(x), cap(x) - cap(x - d))``, and
 ``5u |cap(x)|`` is added. Adding ALiBi and bias costs ``6u (|x| + |alibi| + |bias|)``: conversion,
 product, two additions, constant and product of a base-2 kernel. Finally ``s_j - m`` and its
@@ -266,11 +268,15 @@ def capped_error(problem: AttentionProblem, block: RowBlock) -> Float64:
     u, tiny = working_roundoff(problem), smallest_normal(problem.accumulator)
     underflow = tiny * max(1.0, abs(problem.scale)) * (problem.head_dim + block.input_size)
     error: Float64 = u * (problem.head_dim + 4) * block.dot_size + underflow
+    if problem.score_mod is not None:
+        hidden = np.isneginf(block.modified)
+        size = np.abs(block.raw) + np.where(hidden, 0.0, np.abs(block.modified))
+        error = error + 4 * u * (size + error) + 4 * tiny
     cap = problem.softcap
     if cap is None:
         return error
-    above = cap * np.tanh((block.raw + error) / cap) - block.capped
-    below = block.capped - cap * np.tanh((block.raw - error) / cap)
+    above = cap * np.tanh((block.modified + error) / cap) - block.capped
+    below = block.capped - cap * np.tanh((block.modified - error) / cap)
     return np.maximum(above, below) + 5 * u * np.abs(block.capped)
 
 
@@ -278,7 +284,9 @@ def logit_error(problem: AttentionProblem, block: RowBlock) -> Float64:
     """Bound of the error of each logit before the maximum is subtracted."""
     error, cap = capped_error(problem, block), problem.softcap
     if problem.bias is not None or problem.alibi_slopes is not None or cap is not None:
-        size = block.dot_size if cap is None else np.abs(block.capped)
+        size = np.abs(block.capped)
+        if cap is None:
+            size = np.where(block.attended, np.maximum(size, block.dot_size), 0.0)
         error = error + 6 * working_roundoff(problem) * (size + block.added_size)
     return error
 

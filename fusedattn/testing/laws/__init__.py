@@ -7,6 +7,8 @@ that are drawn for each and with what a kernel must declare to be held to it.
 
 from __future__ import annotations
 
+import dataclasses
+
 from fusedattn.testing.laws import (
     equality,
     gradient_isolation,
@@ -31,7 +33,7 @@ from fusedattn.testing.laws.law import (
     undeclared,
 )
 
-_MASKS = ("mask", "bias", "causal", "window_size", "seqused_k")
+_MASKS = ("mask", "bias", "causal", "window_size", "seqused_k", "score_mod", "block_mask")
 
 _EACH = (
     "scale",
@@ -45,6 +47,8 @@ _EACH = (
     "alibi_slopes",
     "softcap",
     "sinks",
+    "score_mod",
+    "block_mask",
     "dropout_p",
     "layout",
     "out_dtype",
@@ -307,7 +311,7 @@ ALL: tuple[Law, ...] = (
         share=0.15,
     ),
     Law("threads_do_not_matter", isolation.threads_do_not_matter, share=0.3, when=threads),
-    *_GRADIENTS,
+    *(dataclasses.replace(law, without=(*law.without, "score_mod")) for law in _GRADIENTS),
 )
 
 __all__ = [

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from fusedattn.testing.cases import Answer, Case
 from fusedattn.testing.compare import assert_within
+from fusedattn.testing.functions import moved
 from fusedattn.testing.kernel import Kernel
 
 Array = NDArray[Any]
@@ -92,6 +93,7 @@ def take_keys(case: Case, keys: Array | slice, **keywords: Any) -> Case:
             array = case.keywords[name]
             if array.shape[-1] != 1 or case.k.shape[-2] == 1:
                 changes[name] = _take(full(case, name), keys, -1)
+    changes |= moved(case.keywords, keys=keys)
     return case.change(**changes, **keywords)
 
 
@@ -115,6 +117,8 @@ def take_item(case: Case, index: tuple[int, ...]) -> Case:
     if slopes is not None and slopes.ndim > 1:
         shape = (*batch_shape, slopes.shape[-1])
         changes["alibi_slopes"] = np.ascontiguousarray(np.broadcast_to(slopes, shape)[index])[None]
+    flat = int(np.ravel_multi_index(index, batch_shape)) if batch_shape else 0
+    changes |= moved(case.keywords, item=slice(flat, flat + 1))
     return case.change(**changes)
 
 

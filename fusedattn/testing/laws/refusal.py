@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from fusedattn.block_mask import BlockMask, make_block_mask
+from fusedattn.testing import functions
 from fusedattn.testing.cases import Case
 from fusedattn.testing.kernel import KEYWORDS, Kernel
 from fusedattn.testing.laws.common import assert_equals_reference
@@ -50,6 +52,11 @@ def _plain_case(kernel: Kernel, seed: int) -> Case:
     return case
 
 
+def _tri_blocks(rows: int, keys: int) -> BlockMask:
+    aux = (np.arange(rows), np.arange(keys), np.arange(1))
+    return make_block_mask(functions.later, None, None, rows, keys, aux=aux, block=(2, 2))
+
+
 def _uses(name: str, case: Case, kernel: Kernel) -> list[dict[str, Any]]:
     """Return uses of a keyword that change the result of the case."""
     problem = case.problem
@@ -68,6 +75,8 @@ def _uses(name: str, case: Case, kernel: Kernel) -> list[dict[str, Any]]:
         "bias": [{"bias": np.where(mask, np.float32(0.5), np.float32(-2.0))}],
         "alibi_slopes": [{"alibi_slopes": np.full(heads, 0.5, np.float32)}],
         "softcap": [{"softcap": 0.25}],
+        "score_mod": [functions.draw_score_mod(case.rng, problem.batch_size, rows, keys)],
+        "block_mask": [{"block_mask": _tri_blocks(rows, keys)}],
         "sinks": [{"sinks": np.ones(heads, np.float32)}],
         "dropout_p": [{"dropout_p": 0.5, "seed": 7}],
         "layout": [{"layout": "bshd"}],

@@ -10,6 +10,7 @@ import numpy as np
 
 from fusedattn.testing.cases import Answer, Case
 from fusedattn.testing.compare import assert_within
+from fusedattn.testing.functions import moved
 from fusedattn.testing.kernel import Kernel
 from fusedattn.testing.laws.common import (
     Array,
@@ -224,6 +225,7 @@ def rows_are_independent(kernel: Kernel, case: Case) -> None:
     if "seqused_q" in case.keywords:
         used = np.clip(problem.seqused_q - start, 0, stop - start).reshape(problem.batch_shape)
         changes["seqused_q"] = used if used.ndim else int(used)
+    changes |= moved(case.keywords, rows=rows)
     chunk = case.change(**changes)
     whole = kernel(case)
     part = Answer(whole.out[..., rows, :], None if whole.lse is None else whole.lse[..., rows])
