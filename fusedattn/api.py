@@ -127,8 +127,9 @@ def attention(
     score_mod_aux : tuple of ndarray
         Arrays that the score_mod reads by index, such as a table of relative positions: of a
         float dtype (read in the accumulator's type where it is a half type), integers or bool.
-        Indices count from the end where negative. See `fusedattn.check_functions` for those that
-        lie outside.
+        Indices count from the end where negative. One that lies outside reads the nearest element;
+        with ``FUSEDATTN_CHECK_INDICES=1`` in the environment it raises an IndexError that names
+        function, line and pair (slowly: every visible pair is looked at in NumPy first).
     block_mask : BlockMask, optional
         From `fusedattn.make_block_mask`: empty blocks are skipped, partial ones masked.
     dropout_p : float

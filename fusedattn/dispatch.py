@@ -108,6 +108,20 @@ def choose(
     raise NotImplementedError(f"{asked} able to {what}\n{reasons}")
 
 
+def check_indices(problem: AttentionProblem) -> None:
+    """Ask the score_mod about every visible pair in NumPy, which refuses an index outside.
+
+    Raises
+    ------
+    IndexError
+        Naming the function, its file and line, and the pair.
+    """
+    from fusedattn.blocked.tile import score_tiles
+
+    for _ in score_tiles(problem):
+        pass
+
+
 def _reasons(name: str, problem: AttentionProblem, backward: bool) -> list[str]:
     """Ask a backend why it cannot."""
     backend = load(name)

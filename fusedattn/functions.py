@@ -14,6 +14,7 @@ import builtins
 import dis
 import hashlib
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
@@ -79,6 +80,11 @@ class UserFunction:
         """Return the aux arrays under the names that messages use."""
         name = "aux" if self.role == "mask_mod" else "score_mod_aux"
         return {f"{name}[{i}]": array for i, array in enumerate(self.aux)}
+
+
+def are_checked() -> bool:
+    """Whether indices into aux arrays are to be checked: ``FUSEDATTN_CHECK_INDICES``."""
+    return os.environ.get("FUSEDATTN_CHECK_INDICES", "0") not in ("", "0")
 
 
 def digest_of(detail: object) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from fusedattn import checks, dispatch
 from fusedattn.block_mask import BlockMask
 from fusedattn.checks import Array
-from fusedattn.functions import fingerprint, plain_function
+from fusedattn.functions import are_checked, fingerprint, plain_function
 from fusedattn.problem import AttentionProblem, make_lengths, make_problem
 
 # Kinds to remember. One takes some kilobytes, and 80 bytes more per batch item.
@@ -189,6 +189,8 @@ class Plan:
         """Compute a call of this kind."""
         q, k, v, q_offset, seqused_q, seqused_k, score_mod_aux, *others = arguments
         mask, bias, alibi_slopes, sinks, out = others
+        if self._computes is not None and are_checked():
+            dispatch.check_indices(Call(*arguments, *self._options).problem())
         if self._prepared is None:
             problem = Call(*arguments, *self._options).problem()
             result = self._backend.forward(problem)

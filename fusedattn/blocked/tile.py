@@ -71,6 +71,18 @@ def heads(problem: AttentionProblem) -> Iterator[tuple[tuple[int, ...], Head]]:
             )
 
 
+def score_tiles(problem: AttentionProblem) -> Iterator[Tile]:
+    """Compute every tile of scores in which a row may see a key."""
+    with np.errstate(all="ignore"):
+        for _, head in heads(problem):
+            for row in range(0, problem.seqlen_q, BLOCK_Q):
+                rows = slice(row, min(row + BLOCK_Q, problem.seqlen_q))
+                k_lo, k_hi = head.keys.block(rows.start, rows.stop)
+                for key in range(k_lo // BLOCK_K * BLOCK_K, k_hi, BLOCK_K):
+                    keys = slice(key, min(key + BLOCK_K, problem.seqlen_k))
+                    yield score_tile(head, rows, keys, problem.accumulator)
+
+
 def score_tile(head: Head, rows: slice, keys: slice, accumulator: np.dtype[Any]) -> Tile:
     """Compute the scores of a tile; the only place where features of a score are told apart."""
     problem = head.problem

@@ -30,9 +30,9 @@ class RowBlock:
     """Logits of some rows of some heads of one batch item, shape ``(heads, rows, keys)``.
 
     ``dot_size`` is ``|scale| * sum_d |q_d k_d|``, ``raw`` the scaled product itself, ``modified``
-    the same after the score_mod, ``capped`` after softcap, ``added_size`` is ``|alibi| + |bias|`` and
-    ``logits`` the sum, ``-inf`` where the key is hidden. ``input_size`` is
-    ``sum_d |q_d| + sum_d |k_d|``.
+    the same after the score_mod, ``capped`` after softcap, ``added_size`` is ``|alibi| + |bias|``
+    and ``logits`` the sum, ``-inf`` where the key is hidden. ``input_size`` is ``sum_d |q_d| +
+    sum_d |k_d|``.
     """
 
     index: tuple[Any, ...]
