@@ -13,9 +13,10 @@ gives inf or NaN, and so do `math.exp` and `math.log`, which raise in plain Pyth
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
-from types import FunctionType, SimpleNamespace
+from collections.abc import Callable, Iterator
+from types import FunctionType, SimpleNamespace, TracebackType
 from typing import Any
 
 import numpy as np
@@ -149,16 +150,19 @@ def evaluate(function: UserFunction, *arguments: Array) -> Array:
     aux = [_readable(array) for array in function.aux]
     call = _in_numpy(function.function)
     with np.errstate(all="ignore"):
-        try:
+        # Whatever goes wrong for all pairs at once goes wrong again, or does not, for one alone.
+        with contextlib.suppress(Exception):
             _fill(function, call, arguments, [Table(array) for array in aux], result)
-        except Exception:  # whatever went wrong goes wrong again, or does not, for the pair alone
-            _loop(function, call, arguments, aux, result)
+            return result
+        _loop(function, call, arguments, aux, result)
     return result
 
 
 def _readable(array: Array) -> Array:
-    """Read half types as float64: not every machine computes with them."""
-    return array if array.dtype.kind in "iub" else array.astype(np.float64)
+    """Read half types as float64, with which not every machine computes; nothing is written."""
+    view = array.view() if array.dtype.kind in "iub" else array.astype(np.float64)
+    view.flags.writeable = False
+    return view
 
 
 def _fill(
@@ -196,10 +200,28 @@ def _loop(
         except Exception as error:
             kind = type(error) if type(error) in (IndexError, NameError) else TypeError
             raise kind(
-                f"{function.place} failed at {_at(numbers[-4:])}: {type(error).__name__}: {error}"
-            ) from error
+                f"{function.place} failed in line {_line_of(function, error)} for "
+                f"{_at(numbers[-4:])}: {type(error).__name__}: {error}"
+            ) from None
         _check_type(function, value, value)
         result[pair] = value
+
+
+def _line_of(function: UserFunction, error: Exception) -> int:
+    """Return the last line of the function that was at work when it failed."""
+    code = function.function.__code__
+    lines = [
+        frame.tb_lineno
+        for frame in _frames(error.__traceback__)
+        if frame.tb_frame.f_code.co_filename == code.co_filename
+    ]
+    return lines[-1] if lines else code.co_firstlineno
+
+
+def _frames(traceback: TracebackType | None) -> Iterator[TracebackType]:
+    while traceback is not None:
+        yield traceback
+        traceback = traceback.tb_next
 
 
 def _at(indices: list[Any]) -> str:

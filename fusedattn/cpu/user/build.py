@@ -134,6 +134,7 @@ def explained(function: UserFunction, error: Exception) -> str:
     # Numba names files by their last part, too.
     place = place or re.findall(r'File "[^"]+", line (\d+)', text)
     noise = ("Failed in", "During:", "File ", "There are", "- ", "<source", "def ", "^", "This ")
+    lines = [line.removeprefix(">>> ") for line in lines]
     told = [line for line in lines if line and not line.startswith(noise)][:2]
     line = f", line {place[-1]}" if place else ""
     source = f'{line[2:]} of "{code.co_filename}": ' if line else ""
