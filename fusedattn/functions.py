@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import builtins
 import dis
-import hashlib
 import inspect
 import os
 from collections.abc import Callable, Iterator
@@ -89,6 +88,8 @@ def are_checked() -> bool:
 
 def digest_of(detail: object) -> str:
     """Hash of a fingerprint, or of a tuple that holds some, which every process computes alike."""
+    import hashlib  # takes longer to import than all else here
+
     return hashlib.sha256(repr(_stable(detail)).encode()).hexdigest()
 
 

@@ -14,6 +14,7 @@ gives inf or NaN, and so do `math.exp` and `math.log`, which raise in plain Pyth
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from types import FunctionType, SimpleNamespace, TracebackType
@@ -254,9 +255,9 @@ def _in_numpy(function: FunctionType) -> FunctionType:
 
 def _numpy_like(value: Any) -> Any:
     if value is math:
-        return _MATH
+        return _math()
     if getattr(value, "__module__", None) == "math":
-        return getattr(_MATH, value.__name__)
+        return getattr(_math(), value.__name__)
     if value is int:
         return _as_integer(np.trunc)
     return _as_float if value is float else value
@@ -285,6 +286,7 @@ _OTHER_NAMES = {
 }  # fmt: skip
 
 
+@functools.cache
 def _math() -> SimpleNamespace:
     """Functions of `math` by those of NumPy, which know NaN, inf and arrays."""
     own: dict[str, Any] = {}
@@ -298,6 +300,3 @@ def _math() -> SimpleNamespace:
     for name in ("floor", "ceil", "trunc"):
         own[name] = _as_integer(getattr(np, name))
     return SimpleNamespace(**own)
-
-
-_MATH = _math()
