@@ -1,11 +1,13 @@
 """The public gradient: check, choose a backend, run, return the caller's layout."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from fusedattn import checks, dispatch
+from fusedattn.block_mask import BlockMask
 from fusedattn.problem import AttentionProblem, Gradients, make_problem
 
 Array = NDArray[Any]
@@ -32,6 +34,10 @@ def attention_backward(
     alibi_slopes: Array | None = None,
     softcap: float | None = None,
     sinks: Array | None = None,
+    score_mod: Callable[..., Any] | None = None,
+    score_mod_aux: tuple[Array, ...] = (),
+    score_mod_grad: Callable[..., Any] | None = None,
+    block_mask: BlockMask | None = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
     layout: str = "bhsd",
@@ -63,6 +69,13 @@ def attention_backward(
         As given to `attention`.
     softcap, sinks, dropout_p, seed : optional
         As given to `attention`. The same seed drops the same entries.
+    score_mod, score_mod_aux, block_mask : optional
+        As given to `attention`.
+    score_mod_grad : function, optional
+        ``score_mod_grad(score, batch, head, q_idx, k_idx, *aux) -> d_score``: the derivative of
+        what `score_mod` returns by `score`. By default it is computed by forward-mode dual
+        numbers, which know the arithmetic operators, comparisons, `min`, `max`, `abs`, and the
+        functions of `math` and NumPy that have an elementary derivative.
     layout : {"bhsd", "bshd"}
         With ``"bshd"`` q, k, v, out, d_out and the gradients d_q, d_k, d_v are ``(..., seqlen,
         heads, dim)``; mask, bias, lse, d_lse and d_bias are not concerned.
@@ -83,6 +96,10 @@ def attention_backward(
             ``bias_grad=False``.
         ``d_sinks``
             None without sinks.
+        ``d_score_mod_aux``
+            A tuple with one entry for each array of `score_mod_aux`: the gradient, in the shape and
+            dtype of the array, or None for integers and bool. By dual numbers, from what each read
+            of an element does to the score; added up in a fixed order. None without a score_mod.
 
     Raises
     ------
@@ -141,8 +158,9 @@ def attention_backward(
     problem = make_problem(
         q, k, v, scale=scale, causal=causal, window_size=window_size, q_offset=q_offset,
         seqused_q=seqused_q, seqused_k=seqused_k, mask=mask, bias=bias, alibi_slopes=alibi_slopes,
-        softcap=softcap, sinks=sinks, dropout_p=dropout_p, seed=seed, layout=layout,
-        out_dtype=out_dtype,
+        softcap=softcap, sinks=sinks, score_mod=score_mod, score_mod_aux=score_mod_aux,
+        score_mod_grad=score_mod_grad, block_mask=block_mask, dropout_p=dropout_p, seed=seed,
+        layout=layout, out_dtype=out_dtype,
     )  # fmt: skip
     bias_grad = checks.flag("bias_grad", bias_grad)
     d_out, out = (_rows(problem, *given) for given in (("d_out", d_out), ("out", out)))

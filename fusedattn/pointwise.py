@@ -42,6 +42,12 @@ class _Parts(Exception):
         self.holds = holds
 
 
+class Sloped:
+    """A stand-in for a number with a slope, see `fusedattn.slopes`."""
+
+    values: Any
+
+
 class Numbers(np.lib.mixins.NDArrayOperatorsMixin):
     """A stand-in for a number: one for each pair."""
 
@@ -50,12 +56,16 @@ class Numbers(np.lib.mixins.NDArrayOperatorsMixin):
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **keywords: Any) -> Any:
         """Apply an elementwise function of NumPy."""
+        if any(isinstance(x, Sloped) for x in inputs):
+            return NotImplemented
         if method != "__call__" or keywords or ufunc.signature is not None:
             raise _NeedsLoop
         return _wrap(ufunc(*map(_unwrap, inputs)))
 
     def __array_function__(self, function: Any, _types: Any, inputs: Any, keywords: Any) -> Any:
         """Apply one of the few others that are elementwise."""
+        if any(isinstance(x, Sloped) for x in inputs):
+            return NotImplemented
         if function not in _ELEMENTWISE or keywords:
             raise _NeedsLoop
         return _wrap(function(*map(_unwrap, inputs)))
@@ -106,8 +116,8 @@ class Table:
 
 
 def _unwrap(value: Any) -> Any:
-    if isinstance(value, Table):
-        raise _NeedsLoop
+    if isinstance(value, (Table, Sloped)):
+        raise _NeedsLoop  # what takes plain numbers alone would lose a slope
     return value.values if isinstance(value, Numbers) else value
 
 
@@ -149,7 +159,7 @@ def evaluate(function: UserFunction, *arguments: Array) -> Array:
     if not result.size:
         return result
     aux = [_readable(array) for array in function.aux]
-    call = _in_numpy(function.function)
+    call = in_numpy(function.function)
     with np.errstate(all="ignore"):
         # Whatever goes wrong for all pairs at once goes wrong again, or does not, for one alone.
         with contextlib.suppress(Exception):
@@ -166,6 +176,19 @@ def _readable(array: Array) -> Array:
     return view
 
 
+def in_parts(size: int, run: Callable[[Array], Any]) -> Iterator[tuple[Array, Any]]:
+    """Run something on all pairs at once, or part by part where their paths part."""
+    waiting = [np.arange(size)]
+    while waiting:
+        pairs = waiting.pop()
+        try:
+            found = run(pairs)
+        except _Parts as parts:
+            waiting += [pairs[parts.holds], pairs[~parts.holds]]
+        else:
+            yield pairs, found
+
+
 def _fill(
     function: UserFunction,
     call: Callable[..., Any],
@@ -173,16 +196,13 @@ def _fill(
     aux: list[Table],
     result: Array,
 ) -> None:
-    """Call the function on all pairs at once, part by part where their paths part."""
-    waiting = [np.arange(result.size)]
-    while waiting:
-        pairs = waiting.pop()
-        try:
-            values = call(*(Numbers(argument[pairs]) for argument in arguments), *aux)
-        except _Parts as parts:
-            waiting += [pairs[parts.holds], pairs[~parts.holds]]
-            continue
-        values = _unwrap(values)
+    """Call the function on all pairs."""
+
+    def run(pairs: Array) -> Any:
+        return call(*(Numbers(argument[pairs]) for argument in arguments), *aux)
+
+    for pairs, found in in_parts(result.size, run):
+        values = _unwrap(found)
         _check_type(function, np.asarray(values)[..., None].reshape(-1)[0], values)
         result[pairs] = values
 
@@ -248,7 +268,7 @@ def wrong_type(function: UserFunction, kind: str) -> str:
 # --- the same function, with NumPy's functions in the place of Python's ---------------------------
 
 
-def _in_numpy(function: FunctionType) -> FunctionType:
+def in_numpy(function: FunctionType) -> FunctionType:
     """Copy a function such that it, and each that it calls, computes with NumPy's functions."""
     return rebuilt(function, _numpy_like)
 
@@ -273,10 +293,17 @@ def _elementwise(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _as_integer(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda value: _wrap(np.asarray(function(_unwrap(value))).astype(np.int64)[()])
+    def call(value: Any) -> Any:
+        # A whole number has no slope.
+        plain = value.values if isinstance(value, Sloped) else _unwrap(value)
+        return _wrap(np.asarray(function(plain)).astype(np.int64)[()])
+
+    return call
 
 
 def _as_float(value: Any) -> Any:
+    if isinstance(value, Sloped):
+        return value
     return _wrap(np.asarray(_unwrap(value)).astype(np.float64)[()])
 
 

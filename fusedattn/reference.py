@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from fusedattn.pointwise import evaluate
 from fusedattn.problem import AttentionProblem, Gradients, Result
+from fusedattn.slopes import add_to_aux, d_score
 
 Float64 = NDArray[np.float64]
 Bool = NDArray[np.bool_]
@@ -128,7 +129,11 @@ def backward(
         keep_scale = 1.0 / (1.0 - problem.dropout_p)
         d_w = np.where(used, keep_scale * (d_out @ v.swapaxes(-1, -2)), 0.0)
         d_scores = np.where(visible, w * (d_w + slope[..., None]), 0.0)
-        d_qk = problem.scale * np.where(visible, d_scores * d_softcap, 0.0)
+        d_raw = np.where(visible, d_scores * d_softcap, 0.0)
+        d_aux = None
+        if problem.score_mod is not None:
+            d_raw, d_aux = _through_score_mod(problem, q, k, d_raw, visible)
+        d_qk = problem.scale * d_raw
         d_q = _attend(d_qk, visible, k)
         d_k = _attend(d_qk.swapaxes(-1, -2), visible.swapaxes(-1, -2), q)
         d_v = _attend(dropped.swapaxes(-1, -2), used.swapaxes(-1, -2), d_out)
@@ -138,6 +143,7 @@ def backward(
             _round(_sum_groups(problem, d_v), problem.dtype),
             _d_bias(problem, d_scores) if bias_grad else None,
             _d_sinks(problem, w_sink, slope),
+            d_aux,
         )
 
 
@@ -221,6 +227,29 @@ def _modified(problem: AttentionProblem, scores: Float64, visible: Bool) -> Floa
     pairs = np.nonzero(visible.reshape(flat.shape))
     flat[pairs] = evaluate(problem.score_mod, flat[pairs], *pairs)
     return flat.reshape(scores.shape)
+
+
+def _through_score_mod(
+    problem: AttentionProblem, q: Float64, k: Float64, d_modified: Float64, visible: Bool
+) -> tuple[Float64, tuple[NDArray[Any] | None, ...]]:
+    """Pull gradients of modified scores back to the raw ones and to the aux arrays."""
+    function = problem.score_mod
+    assert function is not None
+    flat = _flat(problem, d_modified.shape)
+    raw = (problem.scale * (q @ k.swapaxes(-1, -2))).reshape(flat)
+    pairs = np.nonzero(visible.reshape(flat))
+    d_result = d_modified.reshape(flat)[pairs]
+    d_raw = np.zeros(flat)
+    # A weight of 0 takes nothing back, however steep the function is there.
+    slope = d_score(function, problem.score_mod_grad, raw[pairs], *pairs)
+    d_raw[pairs] = np.where(d_result == 0.0, 0.0, d_result * slope)
+    sums = [None if array.dtype.kind in "iub" else np.zeros(array.shape) for array in function.aux]
+    add_to_aux(function, sums, d_result, raw[pairs], *pairs)
+    rounded = tuple(
+        None if total is None else _round(total, array.dtype)
+        for total, array in zip(sums, function.aux, strict=True)
+    )
+    return d_raw.reshape(d_modified.shape), rounded
 
 
 def _sinks(problem: AttentionProblem) -> Float64 | None:

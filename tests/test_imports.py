@@ -21,10 +21,11 @@ MAY_IMPORT = {
     "checks": set(),
     "functions": {"checks"},
     "pointwise": {"functions"},
+    "slopes": {"functions", "pointwise"},
     "block_mask": {"checks", "functions", "masks", "pointwise"},
     "problem": {"block_mask", "checks", "functions", "masks"},
-    "reference": {"pointwise", "problem"},
-    "blocked": {"blocked", "problem", "masks", "merge", "philox", "pointwise"},
+    "reference": {"pointwise", "problem", "slopes"},
+    "blocked": {"blocked", "masks", "merge", "philox", "pointwise", "problem", "slopes"},
     "cpu": {
         "block_mask",
         "cpu",
@@ -39,7 +40,7 @@ MAY_IMPORT = {
     "dispatch": {"checks", "problem", "cpu", "blocked", "reference", "undisturbed"},
     "plan": {"block_mask", "checks", "dispatch", "functions", "problem"},
     "api": {"block_mask", "checks", "dispatch", "plan", "problem", "merge", "cpu", "reference"},
-    "gradients": {"checks", "dispatch", "problem"},
+    "gradients": {"block_mask", "checks", "dispatch", "problem"},
     "": {"api", "block_mask", "gradients", "merge", "problem"},
     # The kit judges other people's kernels: it knows the specification and no kernel of ours.
     "testing": {
@@ -66,6 +67,7 @@ OUTSIDE = {
     "checks": {"numpy", "ml_dtypes"},
     "functions": {"numpy"},
     "pointwise": {"numpy"},
+    "slopes": {"numpy"},
     "block_mask": {"numpy", "matplotlib"},
     "problem": {"numpy"},
     "reference": {"numpy", "ml_dtypes"},

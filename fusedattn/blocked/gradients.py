@@ -9,6 +9,8 @@ of an entry, 0 or ``1 / (1 - dropout_p)``, one tile adds its share to every grad
     d_score  = weight * (d_weight - delta + d_lse)       delta = rowsum(d_out * out), one per row
     d_bias  += d_score
     d_score *= derivative of the softcap
+    d_aux   += d_score * derivative of the score_mod by each element that it reads
+    d_score *= derivative of the score_mod
     d_q     += scale * d_score k
     d_k     += scale * d_score^T q
     d_v     += (z * weight)^T d_out
@@ -28,9 +30,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusedattn.blocked.output import row_states
-from fusedattn.blocked.tile import BLOCK_K, BLOCK_Q, Head, heads, keep_tile, score_tile
+from fusedattn.blocked.tile import (
+    BLOCK_K,
+    BLOCK_Q,
+    Head,
+    heads,
+    keep_tile,
+    pairs_of,
+    score_tile,
+)
 from fusedattn.masks import SKIP
 from fusedattn.problem import AttentionProblem, Gradients
+from fusedattn.slopes import add_to_aux, d_score
 
 Array = NDArray[Any]
 
@@ -55,6 +66,7 @@ class _Sums(NamedTuple):
     d_k: Array  # (seqlen_k, head_dim)
     d_v: Array  # (seqlen_k, head_dim_v)
     d_bias: Array | None  # (seqlen_q or 1, seqlen_k or 1)
+    d_aux: list[Array | None]  # of the whole call: shaped as the arrays, None for integers
 
 
 def backward(
@@ -72,6 +84,7 @@ def backward(
     read = problem.accumulator
     d_q, d_k, d_v = (np.zeros(x.shape, read) for x in (problem.q, problem.k, problem.v))
     d_bias = _bias_accumulator(problem) if bias_grad else None
+    d_aux = _aux_accumulators(problem)
     d_sinks = None if problem.sinks is None else np.zeros(problem.sinks.shape, read)
     with np.errstate(all="ignore"):  # hidden entries may hold anything; they are selected away
         for index, head in heads(problem):
@@ -81,7 +94,8 @@ def backward(
             shift, row_sum = _row_sums(head, lse[index], block_q, block_k)
             rows = _Rows(d_out[index].astype(read), slope, shift, row_sum)
             index_kv = (*index[:-1], head.head // problem.group_size)
-            sums = _Sums(d_q[index], d_k[index_kv], d_v[index_kv], _of_head(d_bias, index))
+            d_bias_here = _of_head(d_bias, index)
+            sums = _Sums(d_q[index], d_k[index_kv], d_v[index_kv], d_bias_here, d_aux)
             sees = _walk(head, rows, sums, block_q, block_k)
             if d_sinks is not None:
                 own = np.zeros(len(slope), read) if d_lse is None else d_lse[index]
@@ -94,7 +108,7 @@ def backward(
         if d_sinks is not None and problem.sinks is not None:
             d_sinks = d_sinks.astype(problem.sinks.dtype)
         d_q, d_k, d_v = (x.astype(problem.dtype, copy=False) for x in (d_q, d_k, d_v))
-    return Gradients(d_q, d_k, d_v, d_bias, d_sinks)
+    return Gradients(d_q, d_k, d_v, d_bias, d_sinks, _finished_aux(problem, d_aux))
 
 
 def _walk(head: Head, rows: _Rows, sums: _Sums, block_q: int, block_k: int) -> Array:
@@ -114,7 +128,7 @@ def _walk(head: Head, rows: _Rows, sums: _Sums, block_q: int, block_k: int) -> A
 def _add_tile(head: Head, rows: _Rows, sums: _Sums, part: slice, keys: slice) -> Array | None:
     """Add the share of a tile to every gradient; return which entries are seen (None: all)."""
     problem, read = head.problem, head.problem.accumulator
-    scores, seen, d_softcap = score_tile(head, part, keys, read)
+    scores, seen, d_softcap, raw = score_tile(head, part, keys, read)
     q, k, v = (np.ascontiguousarray(x, read) for x in (head.q[part], head.k[keys], head.v[keys]))
     d_out = rows.d_out[part]
     weights = np.exp(scores - rows.shift[part, None]) / rows.row_sum[part, None]
@@ -134,10 +148,56 @@ def _add_tile(head: Head, rows: _Rows, sums: _Sums, part: slice, keys: slice) ->
     if d_softcap is not None:
         d_scores = d_scores * d_softcap
         d_scores = d_scores if seen is None else np.where(seen, d_scores, read.type(0))
+    if problem.score_mod is not None:
+        d_scores = _through_score_mod(head, part, keys, seen, raw, d_scores, sums.d_aux)
     sums.d_q[part] += _product(d_scores, seen, k)
     sums.d_k[keys] += _product(d_scores.T, None if seen is None else seen.T, q)
     sums.d_v[keys] += _product(dropped.T, None if used is None else used.T, d_out)
     return seen
+
+
+def _through_score_mod(
+    head: Head,
+    part: slice,
+    keys: slice,
+    seen: Array | None,
+    raw: Array,
+    d_scores: Array,
+    d_aux: list[Array | None],
+) -> Array:
+    """Pull a tile back through the score_mod: to its arrays, which are added to, and its score."""
+    function, grad = head.problem.score_mod, head.problem.score_mod_grad
+    assert function is not None
+    places, pairs = pairs_of(head, part, keys, seen)
+    d_result = d_scores[places]
+    add_to_aux(function, d_aux, d_result, raw[places], *pairs)
+    slope = d_score(function, grad, raw[places], *pairs)
+    pulled = np.zeros_like(d_scores)
+    # A weight of 0 takes nothing back, however steep the function is there.
+    pulled[places] = np.where(d_result == 0, d_result, d_result * slope)
+    return pulled
+
+
+def _aux_accumulators(problem: AttentionProblem) -> list[Array | None]:
+    """Zeros for each floating array of the score_mod, at least in the accumulator's type."""
+    arrays = () if problem.score_mod is None else problem.score_mod.aux
+    wide = (problem.accumulator, np.dtype(np.float64))
+    return [
+        None
+        if array.dtype.kind in "iub"
+        else np.zeros(array.shape, wide[1] if array.dtype == wide[1] else wide[0])
+        for array in arrays
+    ]
+
+
+def _finished_aux(
+    problem: AttentionProblem, d_aux: list[Array | None]
+) -> tuple[Array | None, ...] | None:
+    """Round to the dtypes of the arrays."""
+    if problem.score_mod is None:
+        return None
+    pairs = zip(d_aux, problem.score_mod.aux, strict=True)
+    return tuple(None if total is None else total.astype(array.dtype) for total, array in pairs)
 
 
 def _product(weights: Array, used: Array | None, values: Array) -> Array:

@@ -66,7 +66,7 @@ def row_states(
     k_lo, k_hi = head.keys.block(rows.start, rows.stop)
     for key_lo in range(k_lo // block_k * block_k, k_hi, block_k):
         keys = slice(key_lo, min(key_lo + block_k, problem.seqlen_k))
-        scores, seen, _ = score_tile(head, rows, keys, accumulator)
+        scores, seen, *_ = score_tile(head, rows, keys, accumulator)
         new_max = np.maximum(row_max, scores.max(axis=1))  # keeps NaN, as np.fmax would not
         # A row that has seen no key yet has nothing to shift by, and -inf - -inf would be NaN.
         shift = np.where(new_max == -np.inf, accumulator.type(0), new_max)
@@ -150,7 +150,7 @@ def _seen_tiles(head: Head, row: int, block_k: int) -> Iterator[tuple[Array, Arr
     k_lo, k_hi = head.keys.row(row)
     for key_lo in range(k_lo // block_k * block_k, k_hi, block_k):
         keys = slice(key_lo, min(key_lo + block_k, head.problem.seqlen_k))
-        scores, seen, _ = score_tile(head, rows, keys, np.dtype(np.float64))
+        scores, seen, *_ = score_tile(head, rows, keys, np.dtype(np.float64))
         chosen = np.ones(scores.shape[1], bool) if seen is None else seen[0]
         keep = keep_tile(head, rows, keys)[0] if head.problem.dropout_p else chosen
         yield scores[0, chosen], keep[chosen], head.v[keys][chosen]

@@ -42,6 +42,7 @@ class Tile(NamedTuple):
     scores: Array  # -inf where hidden
     seen: Array | None  # which entries are seen; None: all of them
     d_softcap: Array | None  # derivative of the softcap; None without one
+    raw: Array  # scores before the score_mod
 
 
 def heads(problem: AttentionProblem) -> Iterator[tuple[tuple[int, ...], Head]]:
@@ -88,7 +89,7 @@ def score_tile(head: Head, rows: slice, keys: slice, accumulator: np.dtype[Any])
     problem = head.problem
     q = np.ascontiguousarray(head.q[rows], accumulator)
     k = np.ascontiguousarray(head.k[keys], accumulator)
-    scores = (q @ k.T) * accumulator.type(problem.scale)
+    scores = raw = (q @ k.T) * accumulator.type(problem.scale)
     seen = _seen_tile(head, rows, keys)
     if problem.score_mod is not None:
         scores = _modified(head, rows, keys, scores, seen)
@@ -112,7 +113,7 @@ def score_tile(head: Head, rows: slice, keys: slice, accumulator: np.dtype[Any])
     if seen is not None:
         # By selection: a hidden key may hold NaN.
         scores = np.where(seen, scores, accumulator.type(-np.inf))
-    return Tile(scores, seen, d_softcap)
+    return Tile(scores, seen, d_softcap, raw)
 
 
 def _seen_tile(head: Head, rows: slice, keys: slice) -> Array | None:
@@ -133,14 +134,22 @@ def _seen_tile(head: Head, rows: slice, keys: slice) -> Array | None:
     return seen
 
 
+def pairs_of(
+    head: Head, rows: slice, keys: slice, seen: Array | None
+) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+    """Return the pairs that are seen: where they lie in the tile, and what a function is told."""
+    shape = (rows.stop - rows.start, keys.stop - keys.start)
+    row, key = np.nonzero(np.ones(shape, bool) if seen is None else seen)
+    where = (np.full(row.shape, head.batch), np.full(row.shape, head.head))
+    return (row, key), (*where, row + rows.start, key + keys.start)
+
+
 def _modified(head: Head, rows: slice, keys: slice, scores: Array, seen: Array | None) -> Array:
     """Ask the score_mod about the pairs that are seen; the scores of the others stay."""
     assert head.problem.score_mod is not None
-    row, key = np.nonzero(np.ones(scores.shape, bool) if seen is None else seen)
-    where = (np.full(row.shape, head.batch), np.full(row.shape, head.head))
-    pairs = (*where, row + rows.start, key + keys.start)
+    places, pairs = pairs_of(head, rows, keys, seen)
     changed = scores.copy()
-    changed[row, key] = evaluate(head.problem.score_mod, scores[row, key], *pairs)
+    changed[places] = evaluate(head.problem.score_mod, scores[places], *pairs)
     return changed
 
 

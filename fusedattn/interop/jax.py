@@ -199,7 +199,7 @@ def _run_backward(settings: _Settings, bias_grad: bool, operands: Operands) -> t
         # Without the axes that were put between those of vmap and the bias's own.
         own = operands["bias"].shape[len(added) :]
         found = found._replace(d_bias=found.d_bias.reshape((*added, *own)))
-    return tuple(x for x in Gradients(*found) if x is not None)
+    return tuple(x for x in Gradients(*found)[:5] if x is not None)
 
 
 def _arrays(settings: _Settings, operands: Operands) -> tuple[Operands, tuple[int, ...]]:

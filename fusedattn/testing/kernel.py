@@ -54,7 +54,6 @@ CAPABILITIES = frozenset(
 # A confession, weights are rounded to the half type of the inputs; and a keyword of gradients.
 CONFESSIONS = frozenset({"half_weights", "d_lse"})
 EVERYTHING = KEYWORDS | CAPABILITIES
-_NAMES = KEYWORDS | {"q", "k", "v"}
 
 
 class OutsideDomain(Exception):
@@ -114,10 +113,7 @@ class Kernel:
             empty = np.full(problem.out_shape, poison(problem.out_dtype), problem.out_dtype)
             out = Placed(empty, dense(case, "out", bshd))
         arguments: dict[str, Any] = {**case.keywords}
-        arguments |= {name: buffer.view for name, buffer in placed.items() if name in _NAMES}
-        if "score_mod_aux" in arguments:
-            count = len(arguments["score_mod_aux"])
-            arguments["score_mod_aux"] = tuple(placed[_aux_name(i)].view for i in range(count))
+        arguments |= views_of(placed, arguments)
         if out is not None:
             arguments["out"] = out.view
         if bshd:
@@ -165,6 +161,17 @@ def place(case: Case) -> dict[str, Placed]:
     for i, value in enumerate(case.keywords.get("score_mod_aux", ())):
         placed[_aux_name(i)] = Placed(value, "plain")
     return placed
+
+
+def views_of(placed: dict[str, Placed], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return what is handed over of the guarded copies; those of aux arrays are one argument."""
+    views: dict[str, Any] = {
+        name: buffer.view for name, buffer in placed.items() if not name.endswith("]")
+    }
+    if "score_mod_aux" in arguments:
+        count = len(arguments["score_mod_aux"])
+        views["score_mod_aux"] = tuple(placed[_aux_name(i)].view for i in range(count))
+    return views
 
 
 def _aux_name(index: int) -> str:

@@ -16,7 +16,7 @@ from fusedattn.testing.laws.common import (
     replaced,
     take_item,
 )
-from fusedattn.testing.pullback import Incoming, incoming, pull_back
+from fusedattn.testing.pullback import ARRAYS, Incoming, incoming, pull_back
 from fusedattn.testing.rows import any_over, attended
 
 _Where = dict[str, Bool]
@@ -32,7 +32,7 @@ def _assert_same(
 ) -> None:
     """Assert that gradients agree, to the bit or within the budget; `where` names and chooses."""
     budget = None if bitwise else backward_budget(case.problem, given.d_out, given.d_lse)
-    for name in Gradients._fields if where is None else where:
+    for name in ARRAYS if where is None else where:
         one, other = getattr(found, name), getattr(expected, name)
         if one is None or other is None:
             continue

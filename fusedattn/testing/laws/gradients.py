@@ -15,7 +15,7 @@ from fusedattn.testing.gradient_tolerance import COARSE, backward_budget
 from fusedattn.testing.kernel import Kernel, OutsideDomain
 from fusedattn.testing.laws.common import Array, full
 from fusedattn.testing.laws.equality import hide_rows
-from fusedattn.testing.pullback import Incoming, incoming, pull_back
+from fusedattn.testing.pullback import ARRAYS, Incoming, incoming, pull_back
 from fusedattn.testing.roundoff import largest, smallest_normal
 from fusedattn.testing.rows import any_over, attended
 from fusedattn.testing.tolerance import working_roundoff
@@ -52,7 +52,7 @@ def assert_equal_reference(found: Gradients, case: Case, given: Incoming) -> Non
     expected = reference.backward(wide, given.d_out, None, None, given.d_lse)
     half = case.q.dtype if case.half_weights and case.q.dtype.itemsize == 2 else None
     budget = backward_budget(problem, given.d_out, given.d_lse, rounds_weights_to=half)
-    for name, got, want, allowed in zip(Gradients._fields, found, expected, budget, strict=True):
+    for name, got, want, allowed in zip(ARRAYS, found[:5], expected[:5], budget[:5], strict=True):
         if got is not None and want is not None and allowed is not None:
             assert_within(got, want, allowed, name=name)
 
@@ -73,7 +73,7 @@ def finite_gradients(kernel: Kernel, case: Case) -> None:
         d_out=_scaled(given.d_out, shrink),
         d_lse=None if given.d_lse is None else _scaled(given.d_lse, shrink),
     )
-    for name, array in zip(Gradients._fields, pull_back(kernel, case, given), strict=True):
+    for name, array in zip(ARRAYS, pull_back(kernel, case, given)[:5], strict=True):
         if array is not None:
             bad = ~np.isfinite(array.astype(np.float64))
             assert not bad.any(), (
@@ -179,7 +179,7 @@ def adjoint_identity(kernel: Kernel, case: Case) -> None:
     found = pull_back(kernel, case, given)
     rng = np.random.default_rng(case.seed + 1)
     moves: dict[str, Array] = {}
-    for name, gradient in zip(("q", "k", "v", "bias", "sinks"), found, strict=True):
+    for name, gradient in zip(("q", "k", "v", "bias", "sinks"), found[:5], strict=True):
         if gradient is not None:
             moves[name] = rng.standard_normal(gradient.shape)
     step = 2.0**-18
