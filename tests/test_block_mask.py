@@ -6,7 +6,7 @@ from cpu_backend import ISAS, assert_same_bits, attention_on, normal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusedattn import BlockMask, attention, explain, make_block_mask
+from fusedattn import BlockMask, attention, attention_backward, explain, make_block_mask
 from fusedattn.masks import EDGE, FULL, SKIP
 from fusedattn.testing import functions
 
@@ -158,6 +158,29 @@ def test_neighbouring_rows_and_items_move_no_bit():
         got = attention(q, k, v, block_mask=other, return_lse=True)
         rows = slice(row, row + 8)
         assert_same_bits(tuple(x[:, :, rows] for x in got), tuple(x[:, :, rows] for x in whole))
+
+
+@pytest.mark.parametrize("block", BLOCKS[:4])
+@pytest.mark.parametrize("rows", [3, 200])
+def test_gradients_past_a_block_mask_have_the_bits_of_its_dense_mask(block, rows):
+    q, k, v = normal(0, 2, 4, rows, 16), normal(1, 2, 2, 330, 16), normal(2, 2, 2, 330, 12)
+    v[:, :, 7], k[:, :, 9], v[:, :, 20] = np.nan, np.inf, np.nan  # the last one is seen by some
+
+    def banded(batch, head, q_idx, k_idx):
+        return (2 * q_idx + batch - k_idx) % 50 < 20 and k_idx != 7 and k_idx != 9
+
+    mask = make_block_mask(banded, 2, 4, rows, 330, block=block)
+    for options in ({}, {"causal": True, "softcap": 3.0, "mask": np.arange(330) % 4 > 0}):
+        dense_mask = mask.to_mask() & options.get("mask", True)
+        out, lse = attention(q, k, v, block_mask=mask, return_lse=True, **options)
+        arguments = (normal(5, *out.shape), q, k, v, out, lse)
+        got = attention_backward(*arguments, block_mask=mask, backend="cpu", **options)
+        dense = {**options, "mask": dense_mask}
+        expected = attention_backward(*arguments, backend="cpu", **dense)
+        again = attention_backward(*arguments, block_mask=mask, backend="blocked", **options)
+        for name in ("d_q", "d_k", "d_v"):
+            assert_same_bits(getattr(got, name), getattr(expected, name))
+            np.testing.assert_allclose(getattr(again, name), getattr(got, name), atol=3e-5)
 
 
 def test_a_picture_shows_full_partial_and_empty_blocks():

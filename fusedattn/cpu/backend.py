@@ -104,8 +104,9 @@ class Cpu:
         return []
 
     def unsupported_backward(self, problem: AttentionProblem) -> list[str]:
-        """Every problem that passes validation has its gradients."""
-        del problem
+        """Reasons why the gradients of the problem cannot be computed here."""
+        if problem.score_mod is not None:
+            return ["has no kernel for the gradient of a score_mod"]
         return []
 
     def describe(self, problem: AttentionProblem) -> list[str]:

@@ -27,6 +27,7 @@ from fusedattn.cpu.params import (
     address_of,
     batch_offsets,
     in_natural_units,
+    lower_block_mask,
     lower_scores,
 )
 from fusedattn.cpu.tile import Tile, backward_tile_for
@@ -45,14 +46,15 @@ _OPERANDS = {
 # Parts of a panel block; those that the forward pass has too keep their names.
 _PANEL = (
     "q_rows", "out_rows", "d_out_rows", "d_q_rows", "mask_rows", "bias_rows", "d_bias_rows",
-    "low", "high", "position", "row", "head", "slope", "bounds", "counts", "keep_rows",
+    "kinds", "low", "high", "position", "row", "head", "slope", "bounds", "counts", "keep_rows",
     "shift", "factor", "delta", "bias_sums", "queries", "packed_d_out", "sum_d_q",
 )  # fmt: skip
 # Parts of a thread's working memory.
 _SCRATCH = (
-    "scores_tile", "d_scores_tile", "bias_tile", "mask_tile", "keep_tile", "softcap_slope",
-    "keys", "values", "seen_keys", "seen", "keep_k", "keep_v", "staged_q", "staged_d_out",
-    "sum_d_k", "sum_d_v", "row_max", "row_sum", "alpha", "check", "ones", "scales", "bad", "alone",
+    "scores_tile", "d_scores_tile", "bias_tile", "mask_tile", "shown_tile", "keep_tile",
+    "softcap_slope", "keys", "values", "seen_keys", "seen", "keep_k", "keep_v", "staged_q",
+    "staged_d_out", "sum_d_k", "sum_d_v", "row_max", "row_sum", "alpha", "check", "ones", "scales",
+    "bad", "alone",
 )  # fmt: skip
 
 _FIRST = PARAMS.names or ()
@@ -121,7 +123,8 @@ def backward_groups(problem: AttentionProblem, bias_grad: bool) -> list[str]:
         "common": True,
         "panels": True,
         "passes": in_natural_units(problem, False),
-        "mask": problem.mask is not None,
+        "mask": problem.mask is not None or problem.block_mask is not None,
+        "user": problem.block_mask is not None,
         "gradients": True,
         "softcap_gradients": problem.softcap is not None,
         "dropout_gradients": problem.dropout_p > 0.0,
@@ -170,6 +173,7 @@ class BackwardCall:
             fields[name] = getattr(problem, name)
         self._lower_arrays(problem, arrays)
         self._lower_lengths(problem)
+        self._keep_alive.append(lower_block_mask(problem, fields))
         lower_scores(problem, fields)
         _lower_tile(problem, tile, fields)
         _lower_places(problem, tile, fields)
@@ -181,6 +185,11 @@ class BackwardCall:
     def set_counter(self, value: int) -> None:
         """Say which item is the next one."""
         self.record["counter"] = value
+
+    def enter_functions(self, addresses: dict[str, int]) -> None:
+        """Enter functions of the user's."""
+        for name, address in addresses.items():
+            self.record[f"run_{name}"] = address
 
     def own(self, name: str, array: Array) -> Array:
         """Enter the address of an array that lives as long as this object."""
@@ -282,6 +291,7 @@ def _lower_places(problem: AttentionProblem, tile: Tile, fields: Any) -> None:
         **dict.fromkeys(("low", "high", "position", "row", "head"), 4 * lanes),
         **dict.fromkeys(("slope", "shift", "factor", "delta", "bias_sums"), row),
         "keep_rows": lanes,
+        "kinds": 8 * lanes,
         "bounds": 4 * 8,
         "counts": 2 * 8,
     }
@@ -292,7 +302,7 @@ def _lower_places(problem: AttentionProblem, tile: Tile, fields: Any) -> None:
         "bias_tile": tile_bytes if problem.bias is not None else 0,
         "keep_tile": tile_bytes if problem.dropout_p > 0.0 else 0,
         "softcap_slope": tile_bytes if problem.softcap is not None else 0,
-        "mask_tile": tile_keys * lanes,
+        **dict.fromkeys(("mask_tile", "shown_tile"), tile_keys * lanes),
         "keys": keys * stride(head_dim),
         "seen_keys": tile_keys * stride(head_dim),
         "values": keys * stride(head_dim_v),

@@ -21,6 +21,7 @@ from fusedattn.cpu.backward_params import (
 from fusedattn.cpu.compile import Worker, get_backward_rescue, get_backward_worker, get_micro
 from fusedattn.cpu.params import STOP
 from fusedattn.cpu.scratch import working_memory
+from fusedattn.cpu.user.code import UserCode
 from fusedattn.problem import AttentionProblem, Gradients
 
 # As in the forward pass: below this much work a second thread costs more than it saves, and above
@@ -68,7 +69,8 @@ def backward(
     tile = backward_tile(problem)
     for group in backward_groups(problem, bias_grad):
         natives |= get_micro(tile, group).addresses
-    call = BackwardCall(problem, natives, arrays)
+    user = UserCode(problem, tile)
+    call = BackwardCall(problem, natives | user.passes, arrays)
     call.record["bias_kind"], call.record["bias_in_turn"] = bias.kind, bias.in_turn
     rows = call.own("bad_rows", np.zeros(math.prod(problem.lse_shape), np.uint8))
     keys = call.own("bad_keys", np.zeros(math.prod(problem.k.shape[:-1]), np.uint8))
@@ -76,6 +78,8 @@ def backward(
     _run(call, get_backward_worker(), flops)
     bad = np.concatenate([2 * np.flatnonzero(rows), 2 * np.flatnonzero(keys) + 1])
     if bad.size:
+        user.compile_scalars()
+        call.enter_functions(user.scalars or {})
         call.restart(bad)
         _run(call, get_backward_rescue(), flops)
     return Gradients(d_q, d_k, d_v, bias.finish(), _d_sinks(problem, d_lse, shares))

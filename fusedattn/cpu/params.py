@@ -206,7 +206,7 @@ class Template:
         lengths = Lengths(problem.q_offset, problem.seqused_q, problem.seqused_k)
         for name, table in zip(_LENGTH_NAMES, self._length_tables(lengths), strict=True):
             self._table(name, table)
-        self._lower_block_mask(problem)
+        self._mask_words = lower_block_mask(problem, self.record)
         _lower_work(problem, tile, self.record)
         lower_scores(problem, self.record)
         _lower_scratch(tile, self.record)
@@ -286,24 +286,26 @@ class Template:
         if problem.bias is not None:
             self.record["bias_storage"] = STORAGE_CODE[STORAGE_NAME[problem.bias.dtype]]
 
-    def _lower_block_mask(self, problem: AttentionProblem) -> None:
-        """Kinds of the blocks, and what is asked in partial ones."""
-        mask, record = problem.block_mask, self.record
-        if mask is None:
-            return
-        self._table("kinds", mask.kinds)
-        for name, axis in (("batch", 0), ("head", 1), ("row", 2)):
-            one_for_all = axis < 2 and mask.kinds.shape[axis] == 1
-            record[f"kinds_{name}"] = 0 if one_for_all else mask.kinds.strides[axis]
-        record["kinds_rows"], record["kinds_keys"] = mask.block
-        leaves = [part.leaf for part in mask.predicate.leaves() if part.leaf is not None]
-        self._mask_words = describe_tables(tuple(a for leaf in leaves for a in leaf.aux))
-        record["mask_words"] = ctypes.addressof(self._mask_words)
-
     def _length_tables(self, lengths: Lengths) -> tuple[NDArray[np.int64], ...]:
         """Tables in the order of `_LENGTHS`: the bounds of the keys seen, relative to the row."""
         k_from, k_to = self._relative_bounds
         return (lengths.q_offset + k_from, lengths.q_offset + k_to, *lengths)
+
+
+def lower_block_mask(problem: AttentionProblem, record: Any) -> Any:
+    """Enter the kinds of the blocks and what partial ones ask; return what must be kept alive."""
+    mask = problem.block_mask
+    if mask is None:
+        return None
+    record["kinds"] = address_of(mask.kinds)
+    for name, axis in (("batch", 0), ("head", 1), ("row", 2)):
+        one_for_all = axis < 2 and mask.kinds.shape[axis] == 1
+        record[f"kinds_{name}"] = 0 if one_for_all else mask.kinds.strides[axis]
+    record["kinds_rows"], record["kinds_keys"] = mask.block
+    leaves = [part.leaf for part in mask.predicate.leaves() if part.leaf is not None]
+    words = describe_tables(tuple(array for leaf in leaves for array in leaf.aux))
+    record["mask_words"] = ctypes.addressof(words)
+    return mask, words
 
 
 def out_strides(problem: AttentionProblem) -> tuple[int, ...]:
