@@ -10,6 +10,7 @@ on disk under everything that the function depends on (`UserFunction.fingerprint
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from fusedattn.block_mask import Predicate
 from fusedattn.cpu.simd import DOUBLE, FLOAT, I1, I8, I32, I64
 from fusedattn.cpu.tile import Tile
 from fusedattn.cpu.user.arithmetic import arithmetic_module, replace_calls
+from fusedattn.cpu.user.dual import Dual, make_dual, parts_of
 from fusedattn.cpu.user.table import Table, read_table, table_type, words_of
 from fusedattn.functions import UserFunction, rebuilt
 from fusedattn.pointwise import wrong_type
@@ -52,10 +54,19 @@ class Typed:
     def __init__(self, function: UserFunction, real: Any) -> None:
         self.function = function
         tables = tuple(table_type(name, ndim, real) for name, ndim in function.aux_kinds)
-        scores = () if function.role == "mask_mod" else (real,)
-        self.arguments = (*scores, *_INDICES, *tables)
         self.tables: tuple[Table, ...] = tables
-        compiled = _typed(function, self.arguments)
+        self.real = real
+        rest = (*_INDICES, *tables)
+        if function.role == "mask_mod":
+            self.arguments, compiled = rest, _typed(function, rest)
+        else:
+            # A dual keeps its type beside constants. What it cannot do, a plain number may.
+            self.arguments = (Dual(real), *rest)
+            try:
+                compiled = _typed(function, self.arguments)
+            except TypeError:
+                self.arguments = (real, *rest)
+                compiled = _typed(function, self.arguments)
         self.result = compiled.signature.return_type
         self._check_result()
         self.context = compiled.target_context
@@ -64,7 +75,7 @@ class Typed:
 
     def _check_result(self) -> None:
         is_bool = isinstance(self.result, types.Boolean)
-        is_real = isinstance(self.result, (types.Float, types.Integer))
+        is_real = isinstance(self.result, (types.Float, types.Integer, Dual))
         if not (is_bool if self.function.role == "mask_mod" else is_real):
             raise TypeError(wrong_type(self.function, str(self.result)))
 
@@ -77,6 +88,16 @@ class Typed:
             builder, function, self.result, self.arguments, [*scalars, *tables]
         )
         return result
+
+    def score(self, builder: Any, score: Any, where: list[Any], tables: list[Any]) -> Any:
+        """Call a score_mod; its result as a real."""
+        kind = self.arguments[0]
+        if isinstance(kind, Dual):
+            score = make_dual(self.context, builder, kind, score)
+        result = self.call(builder, [score, *where], tables)
+        if isinstance(self.result, Dual):
+            return parts_of(self.context, builder, self.result, result)[0]
+        return self.context.cast(builder, result, self.result, self.real)
 
     def load_tables(self, builder: Any, words: Any, first: int) -> list[Any]:
         """Load the aux arrays, whose descriptions begin at a word."""
@@ -105,6 +126,9 @@ def _numpy_of_scalars() -> ModuleType:
     module = ModuleType("numpy")
     module.__dict__.update(np.__dict__)
     module.__dict__["where"] = njit(**_OPTIONS)(_select)
+    names = ("exp", "expm1", "log", "log1p", "sqrt", "tanh", "sin", "cos")
+    module.__dict__.update({name: getattr(math, name) for name in names})
+    module.__dict__.update(abs=abs, absolute=abs, arctan=math.atan, maximum=max, minimum=min)
     return module
 
 
@@ -195,9 +219,7 @@ def score_pass(function: UserFunction, tile: Tile) -> Any:
     module = ir.Module(name="fusedattn_score_mod")
 
     def change(builder: Any, place: Any, tables: Any, where: list[Any]) -> None:
-        score = builder.load(place)
-        result = typed.call(builder, [score, *where], tables)
-        builder.store(typed.context.cast(builder, result, typed.result, real), place)
+        builder.store(typed.score(builder, builder.load(place), where, tables), place)
 
     element = FLOAT if tile.bits == 32 else DOUBLE
     loop = _pass(module, "score_mod", element, tile, typed.load_tables, change)
@@ -225,8 +247,7 @@ def score_scalar(function: UserFunction) -> Any:
     main = ir.Function(module, kind, "score_mod_one")
     builder = ir.IRBuilder(main.append_basic_block())
     tables = typed.load_tables(builder, main.args[5], 0)
-    result = typed.call(builder, list(main.args[:5]), tables)
-    builder.ret(typed.context.cast(builder, result, typed.result, types.float64))
+    builder.ret(typed.score(builder, main.args[0], list(main.args[1:5]), tables))
     return _optimised(str(module), [typed.code])
 
 
@@ -269,11 +290,12 @@ def _pass(
         value.set_metadata("range", positions)
         return builder.zext(value, I64)
 
-    with cgutils.for_range(builder, n) as keys:
-        key = builder.and_(builder.add(first_key, keys.index), I64(2 * _MOST - 1))
-        row_at = builder.gep(tile_at, [builder.mul(keys.index, I64(tile.lanes))])
-        with cgutils.for_range(builder, I64(tile.vectors)) as vectors:
-            first = builder.mul(vectors.index, I64(tile.width))
+    # Keys inside: what depends on the rows and heads alone is computed once for all of them.
+    with cgutils.for_range(builder, I64(tile.vectors)) as vectors:
+        first = builder.mul(vectors.index, I64(tile.width))
+        with cgutils.for_range(builder, n) as keys:
+            key = builder.and_(builder.add(first_key, keys.index), I64(2 * _MOST - 1))
+            row_at = builder.gep(tile_at, [builder.mul(keys.index, I64(tile.lanes))])
             with _lanes(module, builder, tile.width) as (i, metadata):
                 lane = builder.add(first, i)
                 where = [batch, lane_value(heads, lane), lane_value(rows, lane), key]
