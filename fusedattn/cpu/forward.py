@@ -119,6 +119,7 @@ def fill_lanes(params, w, batch, head, row, count, panels):
     lanes, lane = p.lanes, 0
     for panel in range(panels):
         first_low, last_high, last_low, first_high = used_k, 0, 0, used_k
+        listed, before = panel * lanes, 0
         for _ in range(lanes):
             low, high = row_interval(row, k_from, k_to, used_q, used_k)
             if low < high:
@@ -136,9 +137,11 @@ def fill_lanes(params, w, batch, head, row, count, panels):
                 set_i64(mask_rows, lane, mask + head * mask_head + row * mask_row)
             if bias:
                 set_i64(bias_rows, lane, bias + head * bias_head + row * bias_row)
-            if kinds:
-                block = kinds + head * kinds_head + row // p.kinds_rows * kinds_row
-                set_i64(w + p.at_kinds, lane, block)
+            if kinds:  # each row of blocks once: lanes side by side mostly share theirs
+                blocks = kinds + head * kinds_head + row // p.kinds_rows * kinds_row
+                if blocks != before:
+                    set_i64(w + p.at_kinds, listed, blocks)
+                    listed, before = listed + 1, blocks
             if slopes:
                 set_i32(positions, lane, row + position)
                 set_real(slope, lane, p.real_bytes, get_f64(slopes, batch * num_heads + head))
@@ -147,6 +150,8 @@ def fill_lanes(params, w, batch, head, row, count, panels):
                 row += 1
                 if row == seqlen_q:
                     row, head = 0, head + 1
+        if kinds and listed < lane:
+            set_i64(w + p.at_kinds, listed, 0)  # the end of the list
         set_i64(bounds, 4 * panel, first_low)
         set_i64(bounds, 4 * panel + 1, last_high)
         set_i64(bounds, 4 * panel + 2, last_low)
@@ -162,24 +167,24 @@ def kept_keys(params, w, panel, first, last):
     p = params_at(params)
     size, table = p.kinds_keys, w + p.at_kinds + panel * p.lanes * 8
     begin, end = first // size, (last - 1) // size + 1
-    low, high, before = end, begin, 0
-    for lane in range(p.lanes):
-        row = get_i64(table, lane)
-        if row != before:  # lanes of one block of rows say the same
-            before = row
-            for block in range(begin, end):
-                if get_u8(row, block) != masks.SKIP:
-                    low, high = smaller(low, block), larger(high, block + 1)
+    low, high = end, begin
+    for i in range(p.lanes):
+        row = get_i64(table, i)
+        if row == 0:
+            break
+        for block in range(begin, end):
+            if get_u8(row, block) != masks.SKIP:
+                low, high = smaller(low, block), larger(high, block + 1)
     if low >= high:
         return first, first, masks.SKIP
-    kind, before = masks.FULL, 0
-    for lane in range(p.lanes):
-        row = get_i64(table, lane)
-        if row != before:
-            before = row
-            for block in range(low, high):
-                if get_u8(row, block) != masks.FULL:
-                    kind = masks.EDGE
+    kind = masks.FULL
+    for i in range(p.lanes):
+        row = get_i64(table, i)
+        if row == 0:
+            break
+        for block in range(low, high):
+            if get_u8(row, block) != masks.FULL:
+                kind = masks.EDGE
     return larger(first, low * size), smaller(last, high * size), kind
 
 
