@@ -12,7 +12,7 @@ from fusedattn.functions import user_function
 from fusedattn.pointwise import evaluate
 from fusedattn.slopes import d_score
 
-each_backend = pytest.mark.parametrize("backend", ["reference", "blocked"])
+each_backend = pytest.mark.parametrize("backend", ["reference", "blocked", "cpu"])
 
 
 def bucket(distance):

@@ -105,9 +105,11 @@ class Cpu:
 
     def unsupported_backward(self, problem: AttentionProblem) -> list[str]:
         """Reasons why the gradients of the problem cannot be computed here."""
-        if problem.score_mod is not None:
-            return ["has no kernel for the gradient of a score_mod"]
-        return []
+        if problem.score_mod is None:
+            return []
+        from fusedattn.cpu import differentiate
+
+        return differentiate.not_differentiable(problem)
 
     def describe(self, problem: AttentionProblem) -> list[str]:
         """Say which kernel would run, for `fusedattn.explain`."""

@@ -51,7 +51,7 @@ _PANEL = (
 )  # fmt: skip
 # Parts of a thread's working memory.
 _SCRATCH = (
-    "scores_tile", "d_scores_tile", "bias_tile", "mask_tile", "shown_tile", "keep_tile",
+    "scores_tile", "d_scores_tile", "raw_tile", "bias_tile", "mask_tile", "shown_tile", "keep_tile",
     "softcap_slope", "keys", "values", "seen_keys", "seen", "keep_k", "keep_v", "staged_q",
     "staged_d_out", "sum_d_k", "sum_d_v", "row_max", "row_sum", "alpha", "check", "ones", "scales",
     "bad", "alone",
@@ -74,6 +74,10 @@ _INTEGERS = [
     "bias_kind",
     "bias_in_turn",  # 1: items share entries of d_bias, and add to them one after the other
     "bias_sums",  # accumulator type, (batch, head, row) or (batch, head, key); 0 if not summed
+    "aux_slots",  # accumulators of the gradients of aux arrays; 0: there are none
+    "aux_slot_bytes",
+    "aux_sums",  # float64, the accumulators, one slot after the other
+    "aux_offsets",  # where in a slot each array begins, in elements
     "progress",  # for each item how many panels it has passed
     "bad_rows",  # bytes (batch, head, row), 1: d_q is not finite
     "bad_keys",  # bytes (batch, KV head, key), 1: d_k or d_v is not finite
@@ -119,12 +123,13 @@ def _heads_together(problem: AttentionProblem) -> int:
 
 def backward_groups(problem: AttentionProblem, bias_grad: bool) -> list[str]:
     """Which groups of micro-kernels the gradients of a problem need."""
+    user = problem.score_mod is not None or problem.block_mask is not None
     needed = {
         "common": True,
         "panels": True,
         "passes": in_natural_units(problem, False),
-        "mask": problem.mask is not None or problem.block_mask is not None,
-        "user": problem.block_mask is not None,
+        "mask": problem.mask is not None or user,
+        "user": user,
         "gradients": True,
         "softcap_gradients": problem.softcap is not None,
         "dropout_gradients": problem.dropout_p > 0.0,
@@ -185,6 +190,10 @@ class BackwardCall:
     def set_counter(self, value: int) -> None:
         """Say which item is the next one."""
         self.record["counter"] = value
+
+    def keep(self, owner: Any) -> None:
+        """Let something live as long as this object."""
+        self._keep_alive.append(owner)
 
     def enter_functions(self, addresses: dict[str, int]) -> None:
         """Enter functions of the user's."""
@@ -302,6 +311,7 @@ def _lower_places(problem: AttentionProblem, tile: Tile, fields: Any) -> None:
         "bias_tile": tile_bytes if problem.bias is not None else 0,
         "keep_tile": tile_bytes if problem.dropout_p > 0.0 else 0,
         "softcap_slope": tile_bytes if problem.softcap is not None else 0,
+        "raw_tile": tile_bytes if problem.score_mod is not None else 0,
         **dict.fromkeys(("mask_tile", "shown_tile"), tile_keys * lanes),
         "keys": keys * stride(head_dim),
         "seen_keys": tile_keys * stride(head_dim),

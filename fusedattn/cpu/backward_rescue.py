@@ -76,7 +76,7 @@ def rescue_row(params, w, place):
         found = differentiate_tile(params, w, t, batch, first, n, keys, k_stride, values, v_stride)
         if found & 3 != NONE_SEEN:
             for j in range(n):
-                seen = is_visible(params, batch, head, row, mask_row, bias_row, first + j)
+                seen = is_visible(params, mask_row, bias_row, first + j)
                 set_u8(w + p.at_seen, j, 1 if seen else 0)
             if p.softcap > 0.0:
                 bend(p.run_bend, w + p.at_d_scores_tile, n, w + p.at_softcap_slope)
@@ -115,7 +115,7 @@ def rescue_key(params, w, place):
             seen = get_i32(t + p.at_low, lane) <= key < get_i32(t + p.at_high, lane)
             if seen:
                 mask_row, bias_row = row_addresses(params, batch, head, row)
-                seen = is_visible(params, batch, head, row, mask_row, bias_row, key)
+                seen = is_visible(params, mask_row, bias_row, key)
             set_u8(w + p.at_keep_k, lane, 1 if seen else 0)
             kept = seen and is_kept(params, batch, head, row, key)
             set_u8(w + p.at_keep_v, lane, 1 if kept else 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from typing import Any
 
@@ -22,6 +23,7 @@ from fusedattn.cpu.compile import Worker, get_backward_rescue, get_backward_work
 from fusedattn.cpu.params import STOP
 from fusedattn.cpu.scratch import working_memory
 from fusedattn.cpu.user.code import UserCode
+from fusedattn.cpu.user.words import describe_tables
 from fusedattn.problem import AttentionProblem, Gradients
 
 # As in the forward pass: below this much work a second thread costs more than it saves, and above
@@ -32,6 +34,9 @@ LONG_FLOPS = 300_000_000
 FLOPS_FACTOR = 2.5
 
 Array = NDArray[Any]
+
+# Slots for the gradients of aux arrays, and the numbers that they may take together.
+AUX_SLOTS, AUX_NUMBERS = 16, 1 << 22
 
 
 def backward(
@@ -70,7 +75,9 @@ def backward(
     for group in backward_groups(problem, bias_grad):
         natives |= get_micro(tile, group).addresses
     user = UserCode(problem, tile)
+    user.add_gradients(problem, tile)
     call = BackwardCall(problem, natives | user.passes, arrays)
+    aux = AuxGradients(problem, call)
     call.record["bias_kind"], call.record["bias_in_turn"] = bias.kind, bias.in_turn
     rows = call.own("bad_rows", np.zeros(math.prod(problem.lse_shape), np.uint8))
     keys = call.own("bad_keys", np.zeros(math.prod(problem.k.shape[:-1]), np.uint8))
@@ -82,7 +89,8 @@ def backward(
         call.enter_functions(user.scalars or {})
         call.restart(bad)
         _run(call, get_backward_rescue(), flops)
-    return Gradients(d_q, d_k, d_v, bias.finish(), _d_sinks(problem, d_lse, shares))
+    d_sinks = _d_sinks(problem, d_lse, shares)
+    return Gradients(d_q, d_k, d_v, bias.finish(), d_sinks, aux.finish())
 
 
 def _run(call: BackwardCall, worker: Worker, flops: float) -> None:
@@ -100,6 +108,55 @@ def _run(call: BackwardCall, worker: Worker, flops: float) -> None:
 
     count = min(call.items, threads.get_num_threads())
     threads.run(work, stop, count, join_in=flops < LONG_FLOPS)
+
+
+def not_differentiable(problem: AttentionProblem) -> list[str]:
+    """Reasons why gradients cannot go through the score_mod here."""
+    tile = backward_tile(problem)
+    try:
+        UserCode(problem, tile).add_gradients(problem, tile)
+    except TypeError as error:
+        return [str(error)]
+    return []
+
+
+class AuxGradients:
+    """Accumulators for the gradients of the arrays of a score_mod, in float64.
+
+    Items of work go round a fixed number of slots, those of one slot one after the other, and the
+    slots are added up in order: the same sums whatever the number of threads.
+    """
+
+    def __init__(self, problem: AttentionProblem, call: BackwardCall) -> None:
+        self._function = problem.score_mod
+        if self._function is None:
+            return
+        words = describe_tables(self._function.aux)
+        call.keep(words)
+        call.record["score_words"] = ctypes.addressof(words)
+        floats = [array.dtype.kind not in "iub" for array in self._function.aux]
+        sizes = [n * array.size for n, array in zip(floats, self._function.aux, strict=True)]
+        self._floats, total = floats, sum(sizes)
+        self._offsets = np.cumsum([0, *sizes])[:-1].astype(np.int64)
+        slots = max(1, min(AUX_SLOTS, AUX_NUMBERS // max(1, total)))
+        self._sums = np.zeros((slots, total))
+        if any(floats):
+            call.own("aux_sums", self._sums)
+            call.own("aux_offsets", np.concatenate([self._offsets, [0]]))
+            call.record["aux_slots"], call.record["aux_slot_bytes"] = slots, 8 * total
+
+    def finish(self) -> tuple[Array | None, ...] | None:
+        """Round to the dtypes of the arrays; None without a score_mod."""
+        if self._function is None:
+            return None
+        total = self._sums.sum(axis=0)
+        found: list[Array | None] = []
+        parts = zip(self._function.aux, self._floats, self._offsets, strict=True)
+        with np.errstate(all="ignore"):
+            for array, is_float, start in parts:
+                part = total[start : start + array.size]
+                found.append(part.reshape(array.shape).astype(array.dtype) if is_float else None)
+        return tuple(found)
 
 
 class BiasGradient:

@@ -23,6 +23,7 @@ from fusedattn import masks
 from fusedattn.cpu.memory import (
     add_atomic,
     clear,
+    copy_bytes,
     get_atomic,
     get_f64,
     get_i32,
@@ -198,6 +199,8 @@ def natural_units(params, w, tables, batch, panel, first_key, n, mark):
     p = params_at(params)
     s = w + p.at_scores_tile
     multiply(p.run_multiply, s, n, p.scale)
+    if p.run_score_slope:  # the backward pass differentiates there
+        copy_bytes(w + p.at_raw_tile, s, n * p.lanes * p.real_bytes)
     if p.run_score_mod:
         at_lane = panel * p.lanes * 4
         rows, heads = tables + p.at_row + at_lane, tables + p.at_head + at_lane

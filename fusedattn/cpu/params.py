@@ -48,6 +48,8 @@ USER_FUNCTIONS = {
     "mask_mod": "iiiiiii>",
     "score_mod_one": "fiiiii>f",
     "mask_mod_one": "iiiii>i",
+    "score_slope": "iiiiiiii>",
+    "score_aux": "iiiiiiiiiii>",
 }
 
 # A thread's working memory, by field: where each part begins.
@@ -56,7 +58,7 @@ _SCRATCH = (
     "seen_values", "shown_tile", "seen", "keep_k", "keep_v", "row_queries", "row_output", "row_max",
     "kinds", "row_sum", "alpha", "factor", "check", "q_rows", "out_rows", "mask_rows", "bias_rows",
     "low", "high", "position", "row", "head", "slope", "bounds", "bad", "exact", "partial",
-    "softcap_slope",
+    "softcap_slope", "raw_tile",
 )  # fmt: skip
 
 _INTEGERS = [
@@ -473,7 +475,7 @@ def _lower_scratch(tile: Tile, record: NDArray[Any]) -> None:
         "bounds": 4 * 8 * panels,
         "exact": 4 * 8 * head_dim_v,
         "partial": int(record["partial_bytes"]),
-        "softcap_slope": 0,  # the backward pass has it
+        **dict.fromkeys(("softcap_slope", "raw_tile"), 0),  # the backward pass has them
     }
     at = 0
     for name in _SCRATCH:

@@ -30,6 +30,7 @@ from fusedattn.cpu.simd import DOUBLE, FLOAT, I1, I8, I32, I64
 from fusedattn.cpu.tile import Tile
 from fusedattn.cpu.user.arithmetic import arithmetic_module, replace_calls
 from fusedattn.cpu.user.dual import Dual, make_dual, parts_of
+from fusedattn.cpu.user.reads import STATE, observed, with_state
 from fusedattn.cpu.user.table import Table, read_table, table_type, words_of
 from fusedattn.functions import UserFunction, rebuilt
 from fusedattn.pointwise import wrong_type
@@ -51,10 +52,14 @@ _OPTIONS = {
 class Typed:
     """A user's function compiled by Numba for one type of scores."""
 
-    def __init__(self, function: UserFunction, real: Any) -> None:
+    def __init__(self, function: UserFunction, real: Any, *, reads: bool = False) -> None:
         self.function = function
-        tables = tuple(table_type(name, ndim, real) for name, ndim in function.aux_kinds)
-        self.tables: tuple[Table, ...] = tables
+        tables: tuple[Table, ...] = tuple(
+            table_type(name, ndim, real) for name, ndim in function.aux_kinds
+        )
+        if reads:
+            tables = tuple(observed(table, number, real) for number, table in enumerate(tables))
+        self.tables = tables
         self.real = real
         rest = (*_INDICES, *tables)
         if function.role == "mask_mod":
@@ -91,13 +96,28 @@ class Typed:
 
     def score(self, builder: Any, score: Any, where: list[Any], tables: list[Any]) -> Any:
         """Call a score_mod; its result as a real."""
+        return self.dual(builder, score, None, where, tables)[0]
+
+    def dual(
+        self, builder: Any, score: Any, seed: Any, where: list[Any], tables: list[Any]
+    ) -> tuple[Any, Any]:
+        """Call a score_mod of a score with a slope; its result and the slope of that."""
         kind = self.arguments[0]
         if isinstance(kind, Dual):
-            score = make_dual(self.context, builder, kind, score)
+            score = make_dual(self.context, builder, kind, score, seed)
         result = self.call(builder, [score, *where], tables)
         if isinstance(self.result, Dual):
-            return parts_of(self.context, builder, self.result, result)[0]
-        return self.context.cast(builder, result, self.result, self.real)
+            return parts_of(self.context, builder, self.result, result)
+        zero = self.context.get_constant(self.real, 0.0)
+        return self.context.cast(builder, result, self.result, self.real), zero
+
+    def check_derivative(self) -> None:
+        """Refuse what could be compiled for plain numbers alone."""
+        if not isinstance(self.arguments[0], Dual):
+            raise TypeError(
+                f"{self.function.place} cannot be differentiated by compiled code; give its "
+                "derivative by the score as score_mod_grad"
+            )
 
     def load_tables(self, builder: Any, words: Any, first: int) -> list[Any]:
         """Load the aux arrays, whose descriptions begin at a word."""
@@ -218,7 +238,7 @@ def score_pass(function: UserFunction, tile: Tile) -> Any:
     typed = Typed(function, real)
     module = ir.Module(name="fusedattn_score_mod")
 
-    def change(builder: Any, place: Any, tables: Any, where: list[Any]) -> None:
+    def change(builder: Any, place: Any, _: Any, tables: Any, where: list[Any]) -> None:
         builder.store(typed.score(builder, builder.load(place), where, tables), place)
 
     element = FLOAT if tile.bits == 32 else DOUBLE
@@ -231,12 +251,100 @@ def mask_pass(predicate: Predicate, tile: Tile) -> Any:
     joined = _Joined(predicate, types.float64)
     module = ir.Module(name="fusedattn_mask_mod")
 
-    def change(builder: Any, place: Any, tables: Any, where: list[Any]) -> None:
+    def change(builder: Any, place: Any, _: Any, tables: Any, where: list[Any]) -> None:
         seen = joined.call(builder, predicate, tables, where)
         builder.store(builder.zext(seen, I8), place)
 
     loop = _pass(module, "mask_mod", I8, tile, lambda b, words, _: joined.load(b, words), change)
     return _optimised(_finished(module, loop), joined.codes)
+
+
+def slope_pass(function: UserFunction, grad: UserFunction | None, tile: Tile) -> Any:
+    """LLVM module of ``score_slope(d_scores, ..., words, raw)``: times the derivative at ``raw``.
+
+    The other arguments are those of `score_pass`. A gradient of 0 stays one.
+    """
+    real = types.float32 if tile.bits == 32 else types.float64
+    typed = Typed(function if grad is None else grad, real)
+    if grad is None:
+        typed.check_derivative()
+    module = ir.Module(name="fusedattn_score_slope")
+    element = FLOAT if tile.bits == 32 else DOUBLE
+    one, zero = ir.Constant(element, 1.0), ir.Constant(element, 0.0)
+
+    def change(builder: Any, place: Any, raw: Any, tables: Any, where: list[Any]) -> None:
+        value, slope = typed.dual(builder, builder.load(raw), one, where, tables)
+        given = builder.load(place)
+        pulled = builder.fmul(given, slope if grad is None else value)
+        is_zero = builder.fcmp_ordered("==", given, zero)
+        builder.store(builder.select(is_zero, zero, pulled), place)
+
+    loop = _pass(module, "score_slope", element, tile, typed.load_tables, change, beside=True)
+    return _optimised(_finished(module, loop), [typed.code])
+
+
+def aux_pass(function: UserFunction, tile: Tile) -> Any:
+    """LLVM module of ``score_aux(d_scores, ..., words, raw, sums, offsets, count)``.
+
+    Adds what each read of a floating aux array has to do with a result to ``sums[offsets[array] +
+    element]``, key by key and lane by lane, for the first ``count`` lanes. A function that reads n
+    elements is run n + 1 times: one run for the derivative by each.
+    """
+    real = types.float32 if tile.bits == 32 else types.float64
+    element = FLOAT if tile.bits == 32 else DOUBLE
+    typed = Typed(function, real, reads=True)
+    typed.check_derivative()
+    module = ir.Module(name="fusedattn_score_aux")
+    numbers, indices = element.as_pointer(), I32.as_pointer()
+    words_kind = I64.as_pointer()
+    arguments = [numbers, I64, I64, indices, indices, I64, words_kind, numbers]
+    kind = ir.FunctionType(ir.VoidType(), [*arguments, DOUBLE.as_pointer(), words_kind, I64])
+    main = ir.Function(module, kind, "score_aux")
+    d_scores, n, first_key, rows, heads, batch, words, raw, sums, offsets, count = main.args
+    builder = ir.IRBuilder(main.append_basic_block("entry"))
+    state = cgutils.alloca_once(builder, ir.ArrayType(I64, len(STATE)))
+    state_at = builder.ptrtoint(state, I64)
+    tables = [
+        with_state(typed.context, builder, table, value, state_at)
+        for table, value in zip(typed.tables, typed.load_tables(builder, words, 0), strict=True)
+    ]
+
+    def field(name: str) -> Any:
+        return builder.gep(state, [I64(0), I64(STATE.index(name))])
+
+    with cgutils.for_range(builder, n) as keys, cgutils.for_range(builder, count) as lanes:
+        at = builder.add(builder.mul(keys.index, I64(tile.lanes)), lanes.index)
+        given = builder.load(builder.gep(d_scores, [at]))
+        is_some = builder.fcmp_unordered("!=", given, ir.Constant(element, 0.0))
+        with builder.if_then(is_some):
+            row, head = (builder.load(builder.gep(table, [lanes.index])) for table in (rows, heads))
+            key = builder.add(first_key, keys.index)
+            where = [batch, builder.zext(head, I64), builder.zext(row, I64), key]
+            score = builder.load(builder.gep(raw, [at]))
+            wanted = cgutils.alloca_once_value(builder, I64(0))
+            again = builder.append_basic_block("read")
+            done = builder.append_basic_block("done")
+            builder.branch(again)
+            builder.position_at_end(again)
+            builder.store(I64(0), field("count"))
+            builder.store(I64(-1), field("array"))
+            builder.store(builder.load(wanted), field("wanted"))
+            _, slope = typed.dual(builder, score, None, where, tables)
+            array = builder.load(field("array"))
+            with builder.if_then(builder.icmp_signed(">=", array, I64(0))):
+                offset = builder.load(builder.gep(offsets, [array]))
+                place = builder.gep(sums, [builder.add(offset, builder.load(field("element")))])
+                share = builder.fmul(given, slope)
+                if tile.bits == 32:
+                    share = builder.fpext(share, DOUBLE)
+                builder.store(builder.fadd(builder.load(place), share), place)
+            following = builder.add(builder.load(wanted), I64(1))
+            builder.store(following, wanted)
+            more = builder.icmp_signed(">", builder.load(field("count")), following)
+            builder.cbranch(more, again, done)
+            builder.position_at_end(done)
+    builder.ret_void()
+    return _optimised(str(module), [typed.code])
 
 
 def score_scalar(function: UserFunction) -> Any:
@@ -269,18 +377,23 @@ def _pass(
     element: ir.Type,
     tile: Tile,
     load: Callable[[Any, Any, int], Any],
-    change: Callable[[Any, Any, Any, list[Any]], None],
+    change: Callable[[Any, Any, Any, Any, list[Any]], None],
+    *,
+    beside: bool = False,
 ) -> Any:
     """Write the loop over a tile; return the metadata of the loop over the lanes.
 
     The lanes of one vector are a loop of their own, so that LLVM turns it into straight code.
     """
     arguments = [element.as_pointer(), I64, I64, I32.as_pointer(), I32.as_pointer(), I64]
-    kind = ir.FunctionType(ir.VoidType(), [*arguments, I64.as_pointer()])
-    main = ir.Function(module, kind, name)
-    for pointer in (0, 3, 4, 6):
-        main.args[pointer].attributes.add("noalias")
-    tile_at, n, first_key, rows, heads, batch, words = main.args
+    arguments.append(I64.as_pointer())
+    if beside:
+        arguments.append(element.as_pointer())
+    main = ir.Function(module, ir.FunctionType(ir.VoidType(), arguments), name)
+    for argument in main.args:
+        if isinstance(argument.type, ir.PointerType):
+            argument.attributes.add("noalias")
+    tile_at, n, first_key, rows, heads, batch, words, *other = main.args
     builder = ir.IRBuilder(main.append_basic_block("entry"))
     tables = load(builder, words, 0)
     positions = module.add_metadata([I32(0), I32(_MOST)])
@@ -295,11 +408,13 @@ def _pass(
         first = builder.mul(vectors.index, I64(tile.width))
         with cgutils.for_range(builder, n) as keys:
             key = builder.and_(builder.add(first_key, keys.index), I64(2 * _MOST - 1))
-            row_at = builder.gep(tile_at, [builder.mul(keys.index, I64(tile.lanes))])
+            row = builder.mul(keys.index, I64(tile.lanes))
             with _lanes(module, builder, tile.width) as (i, metadata):
                 lane = builder.add(first, i)
                 where = [batch, lane_value(heads, lane), lane_value(rows, lane), key]
-                change(builder, builder.gep(row_at, [lane]), tables, where)
+                at = builder.add(row, lane)
+                second = builder.gep(other[0], [at]) if beside else None
+                change(builder, builder.gep(tile_at, [at]), second, tables, where)
     builder.ret_void()
     return metadata
 

@@ -21,6 +21,21 @@ class UserCode:
         if self._predicate is not None:
             self._passes["mask_mod"] = compiled.mask_pass(self._predicate, tile)
 
+    def add_gradients(self, problem: AttentionProblem, tile: Tile) -> None:
+        """Compile what pulls gradients back through the score_mod.
+
+        Raises
+        ------
+        TypeError
+            If it does what the compiled rules of differentiation do not know.
+        """
+        function = problem.score_mod
+        if function is not None:
+            slope = compiled.slope_pass(function, problem.score_mod_grad, tile)
+            self._passes["score_slope"] = slope
+            if any(array.dtype.kind not in "iub" for array in function.aux):
+                self._passes["score_aux"] = compiled.aux_pass(function, tile)
+
     @property
     def passes(self) -> dict[str, int]:
         """Addresses of the passes over a tile, by name."""

@@ -33,7 +33,7 @@ def score_pass(function: UserFunction, tile: Tile) -> Native:
     """Return the pass over a tile of scores."""
     from fusedattn.cpu.user import build
 
-    detail = (function.fingerprint, function.aux_kinds, tile.bits, tile.width, tile.vectors)
+    detail = (function.fingerprint, *_shape(function, tile))
     return _get("score_mod", detail, lambda: build.score_pass(function, tile))
 
 
@@ -60,9 +60,25 @@ def mask_scalar(predicate: Predicate) -> Native:
     return _get("mask_mod_one", predicate.structure(), lambda: build.mask_scalar(predicate))
 
 
-def is_ready(name: str, detail: Any) -> bool:
-    """Whether a function is in memory already."""
-    return (name, detail) in _compiled
+def slope_pass(function: UserFunction, grad: UserFunction | None, tile: Tile) -> Native:
+    """Return the pass that multiplies gradients by the derivative of a score_mod."""
+    from fusedattn.cpu.user import build
+
+    given = None if grad is None else grad.fingerprint
+    detail = (function.fingerprint, given, *_shape(function, tile))
+    return _get("score_slope", detail, lambda: build.slope_pass(function, grad, tile))
+
+
+def aux_pass(function: UserFunction, tile: Tile) -> Native:
+    """Return the pass that adds to the gradients of the aux arrays."""
+    from fusedattn.cpu.user import build
+
+    detail = (function.fingerprint, *_shape(function, tile))
+    return _get("score_aux", detail, lambda: build.aux_pass(function, tile))
+
+
+def _shape(function: UserFunction, tile: Tile) -> tuple[Any, ...]:
+    return (function.aux_kinds, tile.bits, tile.width, tile.vectors)
 
 
 def _get(name: str, detail: Any, build: Callable[[], Any]) -> Native:

@@ -75,7 +75,8 @@ def read_table(context: Any, builder: Any, kind: Table, words: Any, first: int) 
     return table._getvalue()
 
 
-def _index_types(index: Any) -> tuple[Any, ...] | None:
+def index_types(index: Any) -> tuple[Any, ...] | None:
+    """Types of the integers of an index, None if it is something else."""
     parts: tuple[Any, ...] = (index,)
     if isinstance(index, types.BaseTuple):
         parts = tuple(part for part in index)  # type: ignore[attr-defined]
@@ -89,7 +90,7 @@ class _GetItem(AbstractTemplate):
         table, index = args
         if not isinstance(table, Table):
             return None
-        parts = _index_types(index)
+        parts = index_types(index)
         if parts is None or len(parts) > table.ndim:
             return None
         left = table.ndim - len(parts)
@@ -101,7 +102,7 @@ class _GetItem(AbstractTemplate):
 def _getitem(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     kind, index = sig.args
     table = cgutils.create_struct_proxy(kind)(context, builder, value=args[0])
-    parts = _index_types(index) or ()
+    parts = index_types(index) or ()
     values = (
         cgutils.unpack_tuple(builder, args[1]) if isinstance(index, types.BaseTuple) else [args[1]]
     )
