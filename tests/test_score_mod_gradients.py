@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from cpu_backend import assert_same_bits, normal
 
+import fusedattn
 from fusedattn import attention, attention_backward, make_block_mask
 from fusedattn.functions import user_function
 from fusedattn.pointwise import evaluate
@@ -265,3 +266,76 @@ def test_hidden_pairs_and_weights_of_zero_take_nothing_back(backend):
         assert np.isfinite(gradient).all()
     assert not found.d_k[:, 15:].any()
     assert not found.d_v[:, 15:].any()
+
+
+COMPILED = {
+    "arithmetic": lambda x: (2.0 + x) / (9.0 - x) * -x + +x,
+    "power": lambda x: (9.0 + x) ** 1.5 + x**2,
+    "exponentials": lambda x: math.exp(-x) + math.expm1(x) * math.log(9.0 + x) + math.log1p(x * x),
+    "waves": lambda x: math.sin(x) * math.cos(x) + math.tanh(x) + math.atan(x) + math.sqrt(9.0 + x),
+    "numpy": lambda x: (
+        np.exp(-x) + np.tanh(x) * np.maximum(x, 0.1) + np.minimum(x, 0.5) + np.abs(x)
+    ),
+    "where": lambda x: np.where(x > 0.2, x * x, 2.0 * x),
+    "branches": lambda x: x * x if x >= 0.1 else (1.0 if x < -0.5 else 3.0 * max(x, -0.2)),
+    "abs": lambda x: abs(x) + math.fabs(x - 1.0) + min(x, 0.3) + float(x),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_dual_numbers_are_those_of_numpy(name):
+    rule, kind = COMPILED[name], np.float32 if name == "numpy" else np.float64
+    q, k, v = (normal(i, 1, 40, 6).astype(kind) for i in range(3))
+    arguments = {
+        "score_mod": lambda score, b, h, q, k, t: rule(score) + rule(t[q]) * score,
+        "score_mod_aux": (normal(3, 40).astype(kind),),
+        "backend": "cpu",
+    }
+    out, lse = attention(q, k, v, return_lse=True, **arguments)
+    d_out = normal(4, *out.shape).astype(kind)
+    found = attention_backward(d_out, q, k, v, out, lse, **arguments)
+    expected = attention_backward(d_out, q, k, v, out, lse, **{**arguments, "backend": "reference"})
+    atol = 1e-4 if kind is np.float32 else 1e-11
+    pairs = [*zip(found[:3], expected[:3], strict=True)]
+    for one, other in [*pairs, (found.d_score_mod_aux[0], expected.d_score_mod_aux[0])]:
+        np.testing.assert_allclose(one, other, rtol=atol, atol=atol)
+
+
+def test_threads_and_blocks_of_keys_move_no_bit_of_the_gradients():
+    q, k, v = normal(0, 3, 4, 200, 24), normal(1, 3, 2, 900, 24), normal(2, 3, 2, 900, 24)
+    table, gain = normal(3, 4, 1200), normal(4, 3)
+    arguments = {
+        "score_mod": lambda s, b, h, q, k, table, gain: s * gain[b] + table[h][k - q + 200],
+        "score_mod_aux": (table, gain),
+    }
+    out, lse = attention(q, k, v, return_lse=True, **arguments)
+    d_out = normal(5, *out.shape)
+    before = fusedattn.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 3):
+            fusedattn.set_num_threads(count)
+            found = attention_backward(d_out, q, k, v, out, lse, backend="cpu", **arguments)
+            results.append((*found[:3], *found.d_score_mod_aux))
+    finally:
+        fusedattn.set_num_threads(before)
+    for other in results[1:]:
+        assert_same_bits(other, results[0])
+    expected = attention_backward(d_out, q, k, v, out, lse, backend="blocked", **arguments)
+    for one, other in zip(results[0][3:], expected.d_score_mod_aux, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-3, rtol=1e-4)
+
+
+def test_a_backend_says_which_function_it_cannot_differentiate():
+    q = normal(0, 2, 6, 4)
+    arguments = {"score_mod": lambda score, b, h, q, k: math.atan2(score, 2.0)}
+    out, lse = attention(q, q, q, return_lse=True, **arguments)
+    with pytest.raises(NotImplementedError, match=r"cpu: score_mod <lambda> .*score_mod_grad"):
+        attention_backward(out, q, q, q, out, lse, backend="cpu", **arguments)
+    found = attention_backward(out, q, q, q, out, lse, **arguments)
+    given = attention_backward(
+        out, q, q, q, out, lse, backend="cpu",
+        score_mod_grad=lambda score, b, h, q, k: 2.0 / (4.0 + score * score), **arguments,
+    )  # fmt: skip
+    for one, other in zip(given[:3], found[:3], strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)

@@ -145,7 +145,9 @@ class _Gradient(torch.autograd.Function):
         arrays = _arrays((*_DIFFERENTIABLE, *names), tensors)
         bias_grad = needed[_DIFFERENTIABLE.index("bias")]
         found = attention_backward(**incoming, **arrays, bias_grad=bias_grad, **settings)
-        return tuple(_tensor(x) if need else None for x, need in zip(found, needed, strict=True))
+        return tuple(
+            _tensor(x) if need else None for x, need in zip(found[:5], needed, strict=True)
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
