@@ -11,6 +11,7 @@ which needs a C++ compiler; where it does not run, the table says why.
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import multiprocessing
 import os
@@ -20,22 +21,26 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 import fusedattn
 from fusedattn import attention, make_block_mask
 
 BLOCK = 128
+Array = NDArray[Any]
 
 
-def operands(batch, heads, rows, dim):
+def operands(batch: int, heads: int, rows: int, dim: int) -> Array:
     return np.random.default_rng(0).standard_normal((3, batch, heads, rows, dim), np.float32)
 
 
-def in_turns(runs, repeats):
+def in_turns(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
     """Times of several functions, taken in turns: a list of seconds for each."""
-    times = {name: [] for name in runs}
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
     for _ in range(repeats):
@@ -46,7 +51,7 @@ def in_turns(runs, repeats):
     return times
 
 
-def row(name, times, base, note=""):
+def row(name: str, times: list[float], base: list[float], note: str = "") -> None:
     ratio = statistics.median(times) / statistics.median(base)
     print(f"  {name:34s} {min(times) * 1e3:9.2f} ms   {ratio:6.3f}   {note}", flush=True)
 
@@ -54,38 +59,38 @@ def row(name, times, base, note=""):
 # --- score_mods ---------------------------------------------------------------------------------
 
 
-def scaled(score, batch, head, q_idx, k_idx):
+def scaled(score: float, batch: int, head: int, q_idx: int, k_idx: int) -> float:
     return score * 0.5
 
 
-def causal(score, batch, head, q_idx, k_idx):
+def causal(score: float, batch: int, head: int, q_idx: int, k_idx: int) -> float:
     return score if q_idx >= k_idx else -math.inf
 
 
-def alibi(score, batch, head, q_idx, k_idx, slopes):
+def alibi(score: float, batch: int, head: int, q_idx: int, k_idx: int, slopes: Any) -> Any:
     return score - slopes[head] * abs(q_idx - k_idx)
 
 
-def relative(score, batch, head, q_idx, k_idx, table):
+def relative(score: float, batch: int, head: int, q_idx: int, k_idx: int, table: Any) -> Any:
     return score + table[head, q_idx - k_idx + 2047]
 
 
-def capped(score, batch, head, q_idx, k_idx):
+def capped(score: float, batch: int, head: int, q_idx: int, k_idx: int) -> Any:
     return 20.0 * math.tanh(score / 20.0)
 
 
-def documents(score, batch, head, q_idx, k_idx, document):
+def documents(score: float, batch: int, head: int, q_idx: int, k_idx: int, document: Any) -> Any:
     return score if document[q_idx] == document[k_idx] else -math.inf
 
 
-def score_mods(repeats):
+def score_mods(repeats: int) -> None:
     shape = (1, 8, 2048, 64)
     q, k, v = operands(*shape)
     rng = np.random.default_rng(1)
     # Gentle slopes: steep ones make weights so small that some processors slow down.
     slopes = np.full(8, 0.01, np.float32)
     table = rng.standard_normal((8, 4095), np.float32)
-    mods = {
+    mods: dict[str, tuple[Callable[..., Any], tuple[Array, ...]]] = {
         "score * 0.5": (scaled, ()),
         "causal by -inf": (causal, ()),
         "documents by -inf": (documents, (np.repeat(np.arange(8), 256),)),
@@ -93,13 +98,13 @@ def score_mods(repeats):
         "relative table": (relative, (table,)),
         "20 tanh(score / 20)": (capped, ()),
     }
-    runs = {"none": lambda: attention(q, k, v)}
+    runs: dict[str, Callable[[], Any]] = {"none": lambda: attention(q, k, v)}
     for name, (mod, aux) in mods.items():
-        options = {"score_mod": mod, "score_mod_aux": aux}
+        options: dict[str, Any] = {"score_mod": mod, "score_mod_aux": aux}
         some = [x[:, :, :300] for x in (q, k, v)]
         expected = attention(*some, **options, backend="reference")
         assert np.abs(attention(*some, **options) - expected).max() < 1e-4, name
-        runs[name] = lambda options=options: attention(q, k, v, **options)
+        runs[name] = functools.partial(attention, q, k, v, **options)
     times = in_turns(runs, repeats)
     print(f"score_mod at {shape}, time over that without one (goal: at most 1.25)")
     for name, taken in times.items():
@@ -109,22 +114,23 @@ def score_mods(repeats):
 # --- block masks --------------------------------------------------------------------------------
 
 
-def listed(batch, head, q_idx, k_idx, kept):
+def listed(batch: int, head: int, q_idx: int, k_idx: int, kept: Any) -> Any:
     return kept[q_idx // 128, k_idx // 128]
 
 
-def sparsity(repeats):
+def sparsity(repeats: int) -> None:
     rows = 4096
     q, k, v = operands(1, 8, rows, 64)
     blocks = rows // BLOCK
-    runs, shares = {}, {}
+    runs: dict[str, Callable[[], Any]] = {}
+    shares: dict[str, float] = {}
     for share in (1.0, 0.5, 0.25, 0.1):
         kept = np.random.default_rng(2).random((blocks, blocks)) < share
         kept[np.arange(blocks), np.arange(blocks)] = True
         mask = make_block_mask(listed, None, None, rows, rows, aux=(kept,), block=(BLOCK, BLOCK))
         name = f"{kept.mean():.3f} of the blocks kept"
         shares[name] = kept.mean()
-        runs[name] = lambda mask=mask: attention(q, k, v, block_mask=mask)
+        runs[name] = functools.partial(attention, q, k, v, block_mask=mask)
         dense = kept.repeat(BLOCK, 0).repeat(BLOCK, 1)
         assert (runs[name]() == attention(q, k, v, mask=dense)).all(), name
     times = in_turns(runs, repeats)
@@ -140,7 +146,7 @@ def sparsity(repeats):
 # --- PyTorch ------------------------------------------------------------------------------------
 
 
-def _torch_worker(pipe, threads):
+def _torch_worker(pipe: Any, threads: int) -> None:
     """Run PyTorch's side: say what is wrong, or time each mask when asked to."""
     try:
         import torch
@@ -170,10 +176,10 @@ def _torch_worker(pipe, threads):
         pipe.send(("failed", f"{type(error).__name__}: {str(error).splitlines()[0][:150]}"))
 
 
-def beside_torch(repeats):
+def beside_torch(repeats: int) -> None:
     q, k, v = operands(1, 8, 2048, 64)
     document = np.repeat(np.arange(8), 256)
-    masks = {
+    masks: dict[str, tuple[Callable[..., Any], tuple[Array, ...]]] = {
         "causal": (lambda b, h, q, k: q >= k, ()),
         "window of 256": (lambda b, h, q, k: (q >= k) & (q - k <= 256), ()),
         "documents": (lambda b, h, q, k, d: d[q] == d[k], (document,)),
@@ -192,7 +198,8 @@ def beside_torch(repeats):
         made = make_block_mask(mask, None, None, 2048, 2048, aux=aux, block=(BLOCK, BLOCK))
         out = attention(q, k, v, block_mask=made)
         assert np.abs(out - results[name]).max() < 1e-4, name
-        ours, theirs = [], []
+        ours: list[float] = []
+        theirs: list[float] = []
         for _ in range(repeats):
             here.send(name)
             theirs.append(here.recv())
@@ -221,11 +228,11 @@ print(time.perf_counter() - start)
 """
 
 
-def first_call():
+def first_call() -> None:
     folder = tempfile.mkdtemp()
     environment = {**os.environ, "FUSEDATTN_CACHE_DIR": folder}
 
-    def run():
+    def run() -> float:
         done = subprocess.run(
             [sys.executable, "-c", FIRST],
             env=environment,
@@ -243,8 +250,8 @@ def first_call():
         shutil.rmtree(folder)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--no-torch", action="store_true")

@@ -143,7 +143,7 @@ def tile_for(
     if isa.vector_bytes == 16:
         rows_in_registers = 6
     width = _width(storage, isa)
-    vectors = _vectors(rows, width, most)
+    vectors = _vectors(rows, width, most, block_rows)
     return Tile(storage, out_storage, width, vectors, rows_in_registers, BLOCK_K)
 
 
@@ -163,7 +163,7 @@ def _width(storage: str, isa: Isa) -> int:
     return isa.vector_bytes // (8 if storage == "float64" else 4)
 
 
-def _vectors(rows: int, width: int, most: int) -> int:
+def _vectors(rows: int, width: int, most: int, block_rows: int | None = None) -> int:
     """Vectors per panel, at most so many, with which the rows take the least time."""
 
     def cost(vectors: int) -> float:
