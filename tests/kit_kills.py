@@ -124,4 +124,12 @@ KILLED_BY = {
     "KeywordIgnored": "undeclared_keywords_are_refused",
     "RaisesOnEmptyKeys": "equals_reference[zero_size]",
     "OverflowsInFloat32": "rows_without_keys",
+    "score_mod_last": "equals_reference[score_mod]",
+    "score_mod_hides_nothing": "equals_reference[score_mod]",
+    "score_mod_of_the_first_item": "equals_reference[score_mod]",
+    "score_mod_of_the_first_head": "equals_reference[score_mod]",
+    "score_mod_with_axes_swapped": "equals_reference[score_mod]",
+    "partial_blocks_are_full": "equals_reference[block_mask]",
+    "partial_blocks_are_empty": "equals_reference[block_mask]",
+    "block_mask_ignored": "equals_reference[block_mask]",
 }

@@ -6,6 +6,8 @@ rounds once, which makes the full range easy; that it is right is proved by the 
 
 import numpy as np
 
+from fusedattn.functions import user_function
+from fusedattn.pointwise import evaluate
 from fusedattn.reference import keep_mask
 
 
@@ -13,6 +15,7 @@ class Attention:
     """Blocked online-softmax attention in plain NumPy."""
 
     block_k = 16
+    late = False
 
     def __call__(
         self,
@@ -31,6 +34,9 @@ class Attention:
         alibi_slopes=None,
         softcap=None,
         sinks=None,
+        score_mod=None,
+        score_mod_aux=(),
+        block_mask=None,
         dropout_p=0.0,
         seed=None,
         layout="bhsd",
@@ -56,7 +62,14 @@ class Attention:
         seen = np.broadcast_to(seen, (*batch, heads, rows, keys))
 
         scores = self.scores(q, k, self.scale(scale, q, v))
+        if block_mask is not None:
+            dense = np.broadcast_to(self.in_blocks(block_mask), self.flat(seen.shape))
+            seen = seen & dense.reshape(seen.shape)
+        if score_mod is not None and not self.late:
+            scores, seen = self.modify(scores, seen, score_mod, score_mod_aux)
         scores, seen = self.terms(scores, seen, position, key, softcap, alibi_slopes, bias, mask)
+        if score_mod is not None and self.late:
+            scores, seen = self.modify(scores, seen, score_mod, score_mod_aux)
         sink = np.full((*batch, heads, rows), -np.inf)
         if sinks is not None:
             live = np.arange(rows) < used_q[..., 0]
@@ -130,6 +143,30 @@ class Attention:
         if mask is not None:
             seen = self.apply_mask(seen, mask)
         return scores, seen
+
+    def flat(self, shape):
+        return (int(np.prod(shape[:-3], dtype=int)), *shape[-3:])
+
+    def in_blocks(self, block_mask):
+        return block_mask.to_mask()
+
+    def pairs(self, seen):
+        return np.nonzero(seen.reshape(self.flat(seen.shape)))
+
+    def modify(self, scores, seen, score_mod, aux):
+        function = user_function("score_mod", score_mod, aux)
+        pairs = self.pairs(seen)
+        changed = scores.reshape(self.flat(seen.shape)).copy()
+        changed[pairs] = evaluate(function, changed[pairs], *self.told(*pairs))
+        changed = changed.reshape(scores.shape)
+        return changed, self.left_by_mod(seen, changed)
+
+    def told(self, batch, head, row, key):
+        """What a score_mod is told of a pair."""
+        return batch, head, row, key
+
+    def left_by_mod(self, seen, scores):
+        return seen & (scores != -np.inf)
 
     def cap(self, scores, softcap):
         return softcap * np.tanh(scores / softcap)
