@@ -1,5 +1,6 @@
 """The public gradient: check, choose a backend, run, return the caller's layout."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from fusedattn import checks, dispatch
 from fusedattn.block_mask import BlockMask
+from fusedattn.functions import user_function
 from fusedattn.problem import AttentionProblem, Gradients, make_problem
 
 Array = NDArray[Any]
@@ -159,9 +161,13 @@ def attention_backward(
         q, k, v, scale=scale, causal=causal, window_size=window_size, q_offset=q_offset,
         seqused_q=seqused_q, seqused_k=seqused_k, mask=mask, bias=bias, alibi_slopes=alibi_slopes,
         softcap=softcap, sinks=sinks, score_mod=score_mod, score_mod_aux=score_mod_aux,
-        score_mod_grad=score_mod_grad, block_mask=block_mask, dropout_p=dropout_p, seed=seed,
-        layout=layout, out_dtype=out_dtype,
+        block_mask=block_mask, dropout_p=dropout_p, seed=seed, layout=layout, out_dtype=out_dtype,
     )  # fmt: skip
+    if score_mod_grad is not None:
+        if score_mod is None:
+            raise ValueError("score_mod_grad must be None without a score_mod, but is given")
+        derivative = user_function("score_mod_grad", score_mod_grad, score_mod_aux)
+        problem = dataclasses.replace(problem, score_mod_grad=derivative)
     bias_grad = checks.flag("bias_grad", bias_grad)
     d_out, out = (_rows(problem, *given) for given in (("d_out", d_out), ("out", out)))
     lse = _per_row(problem, "lse", lse)

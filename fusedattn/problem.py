@@ -72,7 +72,7 @@ class AttentionProblem:
     softcap: float | None
     sinks: Array | None  # any float dtype, (heads,)
     score_mod: UserFunction | None  # with its aux arrays
-    score_mod_grad: UserFunction | None  # its derivative by the score, where the caller has it
+    score_mod_grad: UserFunction | None  # its derivative by the score; for gradients
     block_mask: BlockMask | None  # of 1 or batch_size items, of 1 or num_heads heads
     dropout_p: float
     seed: int
@@ -213,7 +213,6 @@ def make_problem(
     sinks: Array | None = None,
     score_mod: Callable[..., Any] | None = None,
     score_mod_aux: tuple[Array, ...] = (),
-    score_mod_grad: Callable[..., Any] | None = None,
     block_mask: BlockMask | None = None,
     dropout_p: float = 0.0,
     seed: int | None = None,
@@ -271,11 +270,8 @@ def make_problem(
     function = None
     if score_mod is not None:
         function = user_function("score_mod", score_mod, score_mod_aux)
-    elif len(score_mod_aux) or score_mod_grad is not None:
-        raise ValueError("score_mod_aux and score_mod_grad need a score_mod, but there is none")
-    derivative = None
-    if score_mod_grad is not None:
-        derivative = user_function("score_mod_grad", score_mod_grad, score_mod_aux)
+    elif len(score_mod_aux):
+        raise ValueError("score_mod_aux must be () without a score_mod, but is given")
     if block_mask is not None:
         check_block_mask(block_mask, batch[1], q.shape[-3], seqlen_q, seqlen_k)
     if window_size is not None:
@@ -306,7 +302,7 @@ def make_problem(
         softcap=None if softcap is None else checks.softcap(softcap, accumulator),
         sinks=sinks,
         score_mod=function,
-        score_mod_grad=derivative,
+        score_mod_grad=None,
         block_mask=block_mask,
         dropout_p=dropout_p,
         seed=seed,
