@@ -27,7 +27,7 @@ def test_every_gradient_has_the_shape_and_dtype_of_its_operand(backend):
     out, lse = attention(Q, K, V, bias=bias, sinks=sinks, return_lse=True)
     found = attention_backward(D_OUT, Q, K, V, out, lse, bias=bias, sinks=sinks, backend=backend)
     assert type(found) is Gradients is fusedattn.Gradients
-    for gradient, operand in zip(found, (Q, K, V, bias, sinks), strict=True):
+    for gradient, operand in zip(found[:5], (Q, K, V, bias, sinks), strict=True):
         assert (gradient.shape, gradient.dtype) == (operand.shape, operand.dtype)
 
 
