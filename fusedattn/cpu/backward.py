@@ -33,7 +33,15 @@ from fusedattn.cpu.backward_params import (
     SUM_OVER_ROWS,
     backward_at,
 )
-from fusedattn.cpu.forward import COUNTER, EACH_KEY_SEEN, NONE_SEEN, accumulate, copy, stage
+from fusedattn.cpu.forward import (
+    COUNTER,
+    EACH_KEY_SEEN,
+    NONE_SEEN,
+    accumulate,
+    copy,
+    kept_keys,
+    stage,
+)
 from fusedattn.cpu.memory import (
     add_atomic,
     clear,
@@ -51,7 +59,7 @@ from fusedattn.cpu.memory import (
     smaller,
 )
 from fusedattn.cpu.micro import SIGNATURES
-from fusedattn.cpu.params import STOP
+from fusedattn.cpu.params import STOP, USER_FUNCTIONS
 from fusedattn.cpu.simd import native
 
 products = native(SIGNATURES["products"])
@@ -61,6 +69,7 @@ sum_keys = native(SIGNATURES["sum_keys"])
 sum_lanes = native(SIGNATURES["sum_lanes"])
 add_rows = native(SIGNATURES["add_rows"])
 let_others_run = native(">")
+score_slope, score_aux = (native(USER_FUNCTIONS[name]) for name in ("score_slope", "score_aux"))
 
 # Looks at a counter before the thread lets others run.
 PATIENCE = 256
@@ -122,6 +131,30 @@ def add_bias(params, w, t, batch, first_key, n):
             first = last
 
 
+@kernel("iiiiiii>")
+def bend_scores(params, w, t, batch, first_key, n, index):
+    """Pull a tile of gradients back through softcap and score_mod, to the raw scores.
+
+    What goes to the arrays of the score_mod is added to the item's slot; ``index`` -1: to none.
+    """
+    p = backward_at(params)
+    d_scores = w + p.at_d_scores_tile
+    if p.softcap > 0.0:
+        bend(p.run_bend, d_scores, n, w + p.at_softcap_slope)
+    if p.run_score_slope:
+        rows, heads, words = t + p.at_row, t + p.at_head, p.score_words
+        raw = w + p.at_raw_tile
+        if p.aux_slots and index >= 0:
+            sums = p.aux_sums + index % p.aux_slots * p.aux_slot_bytes
+            count, offsets = get_i64(t + p.at_counts, 0), p.aux_offsets
+            run = p.run_score_aux
+            score_aux(
+                run, d_scores, n, first_key, rows, heads, batch, words, raw, sums, offsets, count
+            )
+        run = p.run_score_slope
+        score_slope(run, d_scores, n, first_key, rows, heads, batch, words, raw)
+
+
 @kernel("iiiiiiiii>b")
 def sum_tile(params, w, t, index, panel, batch, first_key, n, in_block):
     """Add a tile's share to the sums of the item, and to d_bias. False if told to stop.
@@ -144,8 +177,7 @@ def sum_tile(params, w, t, index, panel, batch, first_key, n, in_block):
         if p.bias_kind != SUM_OVER_ROWS and not wait_for_turn(params, index, panel):
             return False
         add_bias(params, w, t, batch, first_key, n)
-    if p.softcap > 0.0:
-        bend(p.run_bend, d_scores, n, w + p.at_softcap_slope)
+    bend_scores(params, w, t, batch, first_key, n, index)
     to, stride = w + p.at_sum_d_k + in_block * p.sum_d_k_stride, p.sum_d_k_stride
     products(p.run_products, d_scores, n, q, q_stride, count, to, stride, p.query_vectors)
     return True
@@ -238,6 +270,10 @@ def walk(params, w, index):
         values, v_stride = p.v + get_i64(p.v_offsets, batch), p.v_row
         values += kv_head * p.v_head + begin * v_stride
     begun = False
+    # Items that share a slot add to it one after the other.
+    before = index - p.aux_slots
+    if p.aux_slots and before >= 0 and not wait_until(params, p.progress + 8 * before, panels):
+        return False
     for panel in range(panels):
         if get_atomic(params + COUNTER) >= STOP:
             return False
@@ -255,16 +291,21 @@ def walk(params, w, index):
             begun = True
         key = first
         while key < last:
-            n, place = smaller(last, (key // tile_k + 1) * tile_k) - key, key - begin
+            low, high = key, smaller(last, (key // tile_k + 1) * tile_k)
+            key = high
+            if p.kinds:
+                low, high, _ = kept_keys(params, t, 0, low, high)
+            if low >= high:
+                continue
+            n, place = high - low, low - begin
             at_k, at_v = keys + place * k_stride, values + place * v_stride
-            found = differentiate_tile(params, w, t, batch, key, n, at_k, k_stride, at_v, v_stride)
+            found = differentiate_tile(params, w, t, batch, low, n, at_k, k_stride, at_v, v_stride)
             if found & 3 != NONE_SEEN:
-                if not sum_tile(params, w, t, index, panel, batch, key, n, place):
+                if not sum_tile(params, w, t, index, panel, batch, low, n, place):
                     return False
                 if not wait_for_turn(params, index, panel):
                     return False
-                add_to_d_q(params, w, t, key, n, at_k, k_stride, found >= EACH_KEY_SEEN)
-            key += n
+                add_to_d_q(params, w, t, low, n, at_k, k_stride, found >= EACH_KEY_SEEN)
         if not wait_for_turn(params, index, panel):
             return False
         if first < last == last_key:

@@ -16,6 +16,7 @@ import math
 
 import numpy as np
 
+from fusedattn import masks
 from fusedattn.cpu.backward_params import EACH_ENTRY, backward_at
 from fusedattn.cpu.forward import (
     ALL_SEEN,
@@ -23,14 +24,18 @@ from fusedattn.cpu.forward import (
     EACH_KEY_SEEN,
     NONE_SEEN,
     SOME_SEEN,
+    both,
     fill_lanes,
     hide_masked,
     hide_outside,
+    kept_keys,
+    mask_mod,
     mask_tile,
     natural_units,
     pack,
     scores,
     stage,
+    summary,
     weights,
 )
 from fusedattn.cpu.memory import (
@@ -75,8 +80,8 @@ def row_tables(params, t, batch, lane):
         set_i64(t + p.at_d_bias_rows, lane, d_bias + head * p.d_bias_head + row * p.d_bias_row)
 
 
-@kernel("iiiiiii>i")
-def scores_of_tile(params, w, t, first_key, n, keys, stride):
+@kernel("iiiiiiii>i")
+def scores_of_tile(params, w, t, batch, first_key, n, keys, stride):
     """Scores of ``n`` keys from ``first_key`` on, hidden where a row does not see them.
 
     Returns which entries the dense mask shows, as `mask_tile` does.
@@ -87,17 +92,30 @@ def scores_of_tile(params, w, t, first_key, n, keys, stride):
         tile_at, table = w + p.at_mask_tile, t + p.at_mask_rows
         offset, step = first_key * p.mask_key, p.mask_key
         found = mask_tile(p.run_mask_tile, tile_at, table, offset, step, n, w + p.at_seen)
-        if found & 3 == NONE_SEEN:
-            return found
+    if p.kinds:
+        low, high, blocks = kept_keys(params, t, 0, first_key, first_key + n)
+        if blocks == masks.SKIP:
+            return NONE_SEEN
+        if blocks == masks.EDGE or high - low < n:
+            shown = w + p.at_shown_tile if p.mask else w + p.at_mask_tile
+            rows, heads = t + p.at_row, t + p.at_head
+            mask_mod(p.run_mask_mod, shown, n, first_key, rows, heads, batch, p.mask_words)
+            if p.mask:
+                both(p.run_both, w + p.at_mask_tile, n, shown)
+            found = summary(p.run_summary, w + p.at_mask_tile, n, w + p.at_seen)
+    if found & 3 == NONE_SEEN:
+        return found
     scores(p.run_scores, keys, stride, n, t + p.at_queries, s, p.head_dim)
     if p.natural_units:
-        natural_units(params, w, t, 0, first_key, n)
+        natural_units(params, w, t, batch, 0, first_key, n, 1)
     last_low, first_high = get_i64(t + p.at_bounds, 2), get_i64(t + p.at_bounds, 3)
     if last_low > first_key or first_high < first_key + n:
         lows, highs = t + p.at_low, t + p.at_high
         hide_outside(p.run_hide_outside, s, n, first_key, lows, highs)
     if found & 3 == SOME_SEEN:
         hide_masked(p.run_hide_masked, s, n, w + p.at_mask_tile)
+    if p.marks:
+        hide_masked(p.run_hide_masked, s, n, w + p.at_shown_tile)
     return found
 
 
@@ -126,7 +144,7 @@ def weigh_anew(params, w, t, batch, kv_head, count):
             copied = w + p.at_seen_keys
             stage(p.run_stage, copied, p.keys_stride, keys, stride, p.k_dim, n, p.head_dim, 0)
             keys, stride = copied, p.keys_stride
-        if scores_of_tile(params, w, t, first, n, keys, stride) & 3 != NONE_SEEN:
+        if scores_of_tile(params, w, t, batch, first, n, keys, stride) & 3 != NONE_SEEN:
             maxima, sums = w + p.at_row_max, w + p.at_row_sum
             s, alpha = w + p.at_scores_tile, w + p.at_alpha
             weights(p.run_weights, s, n, p.to_log2, maxima, alpha, sums)
@@ -249,7 +267,7 @@ def differentiate_tile(params, w, t, batch, first_key, n, keys, k_stride, values
     Returns what `scores_of_tile` does.
     """
     p = backward_at(params)
-    found = scores_of_tile(params, w, t, first_key, n, keys, k_stride)
+    found = scores_of_tile(params, w, t, batch, first_key, n, keys, k_stride)
     if found & 3 == NONE_SEEN:
         return found
     s, d_scores, keep = w + p.at_scores_tile, w + p.at_d_scores_tile, w + p.at_keep_tile

@@ -10,7 +10,7 @@ stays one.
 
 from __future__ import annotations
 
-from fusedattn.cpu.backward import add_to_d_q, bend, fill_constants, products, write_rows
+from fusedattn.cpu.backward import add_to_d_q, bend_scores, fill_constants, products, write_rows
 from fusedattn.cpu.backward_panel import (
     differentiate_tile,
     prepare,
@@ -26,6 +26,7 @@ from fusedattn.cpu.memory import (
     get_atomic,
     get_i32,
     get_i64,
+    get_u8,
     kernel,
     larger,
     set_u8,
@@ -76,10 +77,11 @@ def rescue_row(params, w, place):
         found = differentiate_tile(params, w, t, batch, first, n, keys, k_stride, values, v_stride)
         if found & 3 != NONE_SEEN:
             for j in range(n):
-                seen = is_visible(params, mask_row, bias_row, first + j)
+                seen = is_visible(params, batch, head, row, mask_row, bias_row, first + j)
+                if p.run_score_mod and get_u8(w + p.at_shown_tile, j * p.lanes) == 0:
+                    seen = False
                 set_u8(w + p.at_seen, j, 1 if seen else 0)
-            if p.softcap > 0.0:
-                bend(p.run_bend, w + p.at_d_scores_tile, n, w + p.at_softcap_slope)
+            bend_scores(params, w, t, batch, first, n, -1)
             add_to_d_q(params, w, t, first, n, keys, k_stride, 0)
         tile += tile_k
     write_d_q(params, w, t)
@@ -115,15 +117,16 @@ def rescue_key(params, w, place):
             seen = get_i32(t + p.at_low, lane) <= key < get_i32(t + p.at_high, lane)
             if seen:
                 mask_row, bias_row = row_addresses(params, batch, head, row)
-                seen = is_visible(params, mask_row, bias_row, key)
+                seen = is_visible(params, batch, head, row, mask_row, bias_row, key)
+                if p.run_score_mod and get_u8(w + p.at_shown_tile, lane) == 0:
+                    seen = False
             set_u8(w + p.at_keep_k, lane, 1 if seen else 0)
             kept = seen and is_kept(params, batch, head, row, key)
             set_u8(w + p.at_keep_v, lane, 1 if kept else 0)
         stage_rows(params, w, t, w + p.at_keep_k, w + p.at_keep_v)
         rows, stride, to = w + p.at_staged_d_out, p.staged_d_out_stride, w + p.at_sum_d_v
         products(p.run_products, s, 1, rows, stride, count, to, 0, p.value_vectors)
-        if p.softcap > 0.0:
-            bend(p.run_bend, d_scores, 1, w + p.at_softcap_slope)
+        bend_scores(params, w, t, batch, key, 1, -1)
         rows, stride, to = w + p.at_staged_q, p.staged_q_stride, w + p.at_sum_d_k
         products(p.run_products, d_scores, 1, rows, stride, count, to, 0, p.query_vectors)
     d_k = p.d_k + get_i64(p.d_k_offsets, batch)
