@@ -59,6 +59,11 @@ class Case:
         return f"{self.group}/{self.shape}/{self.variant}/{self.dtype}"
 
     @property
+    def is_gradient(self) -> bool:
+        """Whether the gradients of q, k and v are computed, from the output as it was."""
+        return self.group == "backward"
+
+    @property
     def bound_by_memory(self) -> bool:
         """Whether reading keys and values, not arithmetic, is what takes the time."""
         return self.group == "decode"
@@ -77,6 +82,15 @@ class Case:
         mask = rng.random(scores, np.float32) < 0.5 if self.operand == "mask" else None
         bias = draw(1, self.heads, *scores) if self.operand == "bias" else None
         return Inputs(q, k, v, mask, bias)
+
+    def d_out(self) -> Array:
+        """Draw the gradient that comes back through the output."""
+        shape = (self.batch, self.heads, self.seqlen_q, self.head_dim)
+        return (
+            np.random.default_rng(1)
+            .standard_normal(shape, np.float32)
+            .astype(DTYPES[self.dtype], copy=False)
+        )
 
     def options(self, inputs: Inputs) -> dict[str, Any]:
         """Return the keywords of `fusedattn.attention`."""
@@ -121,8 +135,11 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """Operations of both products over the keys that causal, window and lengths leave."""
-        return self.problem.flops
+        """Operations of both products over the keys that causal, window and lengths leave.
+
+        Of the five products of the gradients, two and a half times as many.
+        """
+        return self.problem.flops * 5 // 2 if self.is_gradient else self.problem.flops
 
     @property
     def bytes_moved(self) -> int:
@@ -159,6 +176,11 @@ PREFILL = [
     ((1, 32, 8, 2048, 128), f"{LLAMA}, 2048 tokens"),
     ((8, 12, 12, 128, 64), f"{BERT}, 8 texts of 128 tokens"),
     ((1, 12, 12, 64, 64), f"{BERT}, a short text"),
+]
+BACKWARD = [
+    ((1, 8, 8, 2048, 64), f"{TRANSFORMER}, 2048 tokens"),
+    ((1, 16, 16, 2048, 128), f"{FLASH}, head dim 128, 2048 tokens"),
+    ((8, 12, 12, 128, 64), f"{BERT}, 8 texts of 128 tokens"),
 ]
 # With those of PREFILL that have the same heads: time against length.
 LENGTHS = (1024, 4096, 16384)
@@ -213,8 +235,12 @@ def _float32() -> Iterable[Case]:
 
 
 def all_cases() -> list[Case]:
-    """Return every case in every dtype, those for the picture of lengths in float32 alone."""
+    """Return every case in every dtype; gradients, and lengths for a picture, in float32 alone."""
     every = [dataclasses.replace(case, dtype=dtype) for dtype in DTYPES for case in _float32()]
+    for sizes, source in BACKWARD:
+        for causal in (False, True):
+            variant = "causal" if causal else "full"
+            every.append(_square("backward", variant, sizes, source, causal=causal))
     for seqlen in LENGTHS:
         source = f"{TRANSFORMER}, {seqlen} tokens"
         every.append(_square("length", "full", (1, 8, 8, seqlen, 64), source))

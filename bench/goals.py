@@ -106,6 +106,13 @@ def prefill(dtype: str = "float32", least: int = 0, **equal: Any) -> Wanted:
     )
 
 
+def backward(**equal: Any) -> Wanted:
+    """Choose gradients by fields."""
+    return lambda case: (
+        case.group == "backward" and all(getattr(case, name) == x for name, x in equal.items())
+    )
+
+
 def decode(heads: int, dtype: str) -> Wanted:
     """Choose decodes of one text."""
     return lambda case: (
@@ -187,6 +194,8 @@ def _part_of_peak() -> list[Goal]:
         ("full, D 128, S ≥ 2048", 0.84, 0.90, prefill(least=2048, **full_128)),
         ("causal, S ≥ 2048", 0.78, 0.84, prefill(least=2048, **_CAUSAL)),
         ("(8,12,128,64) full", 0.72, 0.80, prefill(batch=8, **_FULL)),
+        ("gradients, full, D 64", 0.78, 0.84, backward(batch=1, **full_64)),
+        ("gradients, full, D 128", 0.76, 0.84, backward(batch=1, **full_128)),
     ]
     return [
         Goal(f"part of the FMA peak: {text}", least, aim, "{:.2f}", lowest(wanted, fraction))
@@ -198,6 +207,8 @@ def _against_peers() -> list[Goal]:
     rows = [
         ("torch, full", 1.15, 1.25, prefill(**_FULL), _TORCH),
         ("torch, causal", 1.25, 1.45, prefill(**_CAUSAL), _TORCH),
+        ("torch, gradients, full", 1.15, None, backward(**_FULL), _TORCH),
+        ("torch, gradients, causal", 1.35, None, backward(**_CAUSAL), _TORCH),
         ("ONNX Runtime, full", 1.05, 1.15, prefill(**_FULL), _ONNX),
         ("ONNX Runtime, causal", 1.15, 1.4, prefill(**_CAUSAL), _ONNX),
         ("torch, bfloat16, S ≥ 2048", 1.15, 1.3, prefill("bfloat16", 2048), _TORCH),
@@ -222,7 +233,7 @@ def _against_peers() -> list[Goal]:
 
 def _others() -> list[Goal]:
     share = lowest(long_decode, fraction)
-    no_worse = highest(lambda case: case.group != "length", rms_ratio)
+    no_worse = highest(lambda case: case.group not in ("length", "backward"), rms_ratio)
     tiny = lowest(lambda case: case.name == "tiny/1,1,16,64/full/float32", microseconds)
     less = True
     return [

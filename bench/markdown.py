@@ -250,6 +250,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "prefill": lambda results: cases(results, "prefill"),
     "masks": lambda results: cases(results, "mask", "window"),
     "decode": lambda results: cases(results, "decode"),
+    "backward": lambda results: cases(results, "backward"),
     "length": lambda results: cases(results, "length"),
     "tiny": lambda results: cases(results, "tiny"),
     "ways": ways,

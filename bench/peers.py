@@ -26,7 +26,10 @@ SAFE_SHARE = 0.7
 
 
 class Way(NamedTuple):
-    """The call that is timed, and how its result becomes (batch, heads, seqlen_q, head_dim)."""
+    """The call that is timed, and how its result becomes (batch, heads, seqlen_q, head_dim).
+
+    Gradients of q, k and v stand behind one another along the third axis.
+    """
 
     call: Callable[[], Any]
     read: Callable[[Any], Array]
@@ -45,12 +48,27 @@ class Peer(NamedTuple):
     title: str
     package: str
     forward: Callable[[Case], Ways]
+    backward: Callable[[Case], Ways] | None = None
 
     @property
     def missing(self) -> str | None:
         """Return why it cannot be asked at all, or None."""
         found = importlib.util.find_spec(self.package)
         return None if found else f"the package {self.package} is not installed"
+
+    def ways(self, case: Case) -> Ways:
+        """Return the ways to compute a case.
+
+        Raises
+        ------
+        Unsupported
+            If there is none.
+        """
+        if not case.is_gradient:
+            return self.forward(case)
+        if self.backward is None:
+            raise Unsupported("no gradients without its forward, or none at all")
+        return self.backward(case)
 
 
 def scores_fit(case: Case) -> bool:
@@ -78,6 +96,33 @@ def fused(case: Case) -> Ways:
     q, k, v, *_ = inputs
     options = {name: value for name, value in case.options(inputs).items() if value is not None}
     return {"attention": Way(lambda: fusedattn.attention(q, k, v, **options), np.asarray)}
+
+
+def fused_gradients(case: Case) -> Ways:
+    """`fusedattn.attention_backward`."""
+    q, k, v, *_ = case.inputs()
+    d_out = case.d_out()
+    out, lse = fusedattn.attention(q, k, v, causal=case.causal, return_lse=True)
+
+    def call() -> Any:
+        return fusedattn.attention_backward(d_out, q, k, v, out, lse, causal=case.causal)
+
+    return {"attention_backward": Way(call, lambda found: np.concatenate(found[:3], axis=2))}
+
+
+def torch_gradients(case: Case) -> Ways:
+    """PyTorch's autograd through its fused kernel, the forward done beforehand."""
+    import torch
+
+    q, k, v = (torch.from_numpy(array).requires_grad_() for array in case.inputs()[:3])
+    d_out = torch.from_numpy(case.d_out())
+    attend = torch.nn.functional.scaled_dot_product_attention
+    out = attend(q, k, v, is_causal=case.causal)
+
+    def call() -> Any:
+        return torch.autograd.grad(out, (q, k, v), d_out, retain_graph=True)
+
+    return {"autograd": Way(call, lambda found: np.concatenate([x.numpy() for x in found], axis=2))}
 
 
 def torch_sdpa(case: Case) -> Ways:
@@ -194,8 +239,8 @@ def onnx_runtime(case: Case) -> Ways:
 
 # Ours first: the others are compared with it.
 PEERS = {
-    OURS: Peer("fusedattn", "fusedattn", fused),
-    "torch": Peer("PyTorch", "torch", torch_sdpa),
+    OURS: Peer("fusedattn", "fusedattn", fused, fused_gradients),
+    "torch": Peer("PyTorch", "torch", torch_sdpa, torch_gradients),
     "onnxruntime": Peer("ONNX Runtime", "onnxruntime", onnx_runtime),
     "jax": Peer("JAX", "jax", jax_nn),
     "numpy": Peer("naive NumPy", "numpy", naive_numpy),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 import fusedattn
 from bench.cases import Array, Case
 from fusedattn.dispatch import load
+from fusedattn.testing.gradient_tolerance import backward_budget
 from fusedattn.testing.tolerance import forward_budget
 
 # At most so many items of the batch, heads and rows of each are compared, spread over all; fewer
@@ -59,7 +61,10 @@ def _spread(length: int, most: int) -> Indices:
 
 
 def sample(case: Case) -> Sample:
-    """Choose rows to compare."""
+    """Choose rows to compare; of gradients, those of q, k and v behind one another."""
+    if case.is_gradient:  # every row has a share in those of k and v, so few heads are enough
+        indices = _spread(3 * case.seqlen_q, 3 * ROWS)
+        return Sample(_spread(case.batch, 2), _spread(case.heads, 2), indices)
     batches = _spread(case.batch, BATCHES)
     most = KEYS // (len(batches) * case.seqlen_k * case.head_dim)
     heads = _spread(case.heads, min(HEADS, most))
@@ -70,6 +75,8 @@ def sample(case: Case) -> Sample:
 def truth(case: Case) -> Truth:
     """Compute the reference in some rows, which see what the case lets them see."""
     chosen = sample(case)
+    if case.is_gradient:
+        return _gradients(case, chosen)
     q, k, v, mask, bias = case.inputs()
     q = chosen.of(q)
     heads_kv = chosen.heads // (case.heads // case.heads_kv)
@@ -87,6 +94,24 @@ def truth(case: Case) -> Truth:
     if case.dtype != "float32":
         loose = forward_budget(problem, rounds_weights_to=problem.dtype).out
     return Truth(chosen, load("reference").forward(wide).out, budget, LOOSE * loose)
+
+
+def _gradients(case: Case, chosen: Sample) -> Truth:
+    """Compute the gradients of whole heads."""
+    place = np.ix_(chosen.batches, chosen.heads)
+    q, k, v = (np.ascontiguousarray(x[place]) for x in case.inputs()[:3])
+    d_out = case.d_out()[place]
+    problem = fusedattn.make_problem(q, k, v, causal=case.causal)
+    wide = fusedattn.make_problem(*(x.astype(np.float64) for x in (q, k, v)), causal=case.causal)
+    out, lse = load("reference").forward(dataclasses.replace(wide, return_lse=True))
+    assert lse is not None
+    wide_d_out = d_out.astype(np.float64)
+    found = load("reference").backward(wide, wide_d_out, out, lse, None, bias_grad=False)
+    allowed = backward_budget(problem, d_out)
+    expected, budget = (
+        np.concatenate(gradients[:3], axis=2)[:, :, chosen.rows] for gradients in (found, allowed)
+    )
+    return Truth(chosen, expected, budget, LOOSE * budget)
 
 
 def judge(answer: Array | str, expected: Truth, *, ours: bool) -> Verdict:

@@ -70,7 +70,7 @@ class Station:
             If there is no way.
         """
         self._ways, self._call = {}, None  # gives their memory back first
-        self._ways = dict(PEERS[self.name].forward(case))
+        self._ways = dict(PEERS[self.name].ways(case))
         answers: dict[str, Array | str] = {}
         for name, way in self._ways.items():
             try:

@@ -52,6 +52,13 @@ def test_every_shape_is_there_in_every_dtype(dtype):
     ]
     both = {(*s[:3], s[3], *s[3:], causal) for s in square for causal in (False, True)}
     assert listed(dtype, group="prefill") == both
+    gradients = {(1, 8, 2048, 64), (1, 16, 2048, 128), (8, 12, 128, 64)}
+    if dtype == "float32":
+        assert listed(dtype, group="backward") == {
+            (batch, heads, heads, seqlen, seqlen, dim, causal)
+            for batch, heads, seqlen, dim in gradients
+            for causal in (False, True)
+        }
     at_2048 = {(1, 8, 8, 2048, 2048, 64, False)}
     for variant in ("dense", "lengths", "bias"):
         assert listed(dtype, group="mask", variant=variant) == at_2048
@@ -247,6 +254,33 @@ def test_each_installed_peer_computes_the_same(peer, kind, monkeypatch):
         if all(faults):
             unsupported.append(dtype)
     assert "float32" not in unsupported
+
+
+def gradients(causal):
+    return Case("backward", "small", "full", "a test", 2, 3, 3, 40, 40, 32, causal=causal)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("peer", ["fused", "torch"])
+def test_gradients_are_checked_in_all_three_operands(peer, causal):
+    pytest.importorskip(PEERS[peer].package)
+    case = gradients(causal)
+    expected = verify.truth(case)
+    (way,) = PEERS[peer].ways(case).values()
+    answer = way.read(way.call())
+    assert verify.judge(expected.sample.of(answer), expected, ours=peer == "fused").fault is None
+    for row in (0, case.seqlen_q, 2 * case.seqlen_q):  # the first of q, k and v
+        slip = answer.copy()
+        slip[:, :, row, 0] += 1e-4
+        assert "wrong" in verify.judge(expected.sample.of(slip), expected, ours=False).fault
+
+
+def test_gradients_are_asked_of_those_who_have_them():
+    case = gradients(False)
+    with pytest.raises(Unsupported, match="no gradients"):
+        PEERS["numpy"].ways(case)
+    forward = dataclasses.replace(case, group="prefill")
+    assert case.flops == 5 * forward.flops // 2
 
 
 # --- turns ----------------------------------------------------------------------------------------
