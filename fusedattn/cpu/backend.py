@@ -29,6 +29,8 @@ LONG_FLOPS = 300_000_000
 ITEMS_PER_THREAD = 4
 # Numbers of rows that call for each of the panel widths.
 WARMUP_ROWS = (1, 32, 4096)
+# Groups of micro-kernels of which a call takes one.
+PRODUCTS = ("rows", "panels", "matrix")
 
 
 class Prepared:
@@ -119,8 +121,9 @@ class Cpu:
         else:
             rows = tile.panels(problem.head_dim, problem.head_dim_v) * tile.lanes
             how = f"queries, {tile.lanes} at once"
+        unit = f"{isa.name} and AMX" if tile.matrix else isa.name
         return [
-            f"{isa.name}, lanes along {how}; {rows} rows x {tile.block_k} keys per block",
+            f"{unit}, lanes along {how}; {rows} rows x {tile.block_k} keys per block",
             f"up to {threads.get_num_threads()} threads",
         ]
 
@@ -161,8 +164,11 @@ def warmup(dtypes: Iterable[str] = ("float32",)) -> None:
     """Compile (or load) the kernels of these storage types."""
     for dtype in dtypes:
         for rows in WARMUP_ROWS:
-            for group in GROUPS:
-                if group != "rows" or rows <= ROWS_PER_ITEM:
-                    get_micro(tile_for(dtype, dtype, rows), group)
+            for few in {False, rows <= ROWS_PER_ITEM}:
+                tile = tile_for(dtype, dtype, rows, matrix=not few)
+                products = "rows" if few else "matrix" if tile.matrix else "panels"
+                for group in GROUPS:
+                    if group == products or group not in PRODUCTS:
+                        get_micro(tile, group)
     get_worker()
     get_rescue()

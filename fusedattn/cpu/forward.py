@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 
 from fusedattn import masks
+from fusedattn.cpu.matrix import accumulate_tile, keep_block, score_tile, split_block, split_panel
 from fusedattn.cpu.memory import (
     add_atomic,
     clear,
@@ -81,6 +82,8 @@ copy = _call["copy"]
 gather = _call["gather"]
 row_scores = _call["row_scores"]
 row_accumulate = _call["row_accumulate"]
+configure = _call["configure"]
+release = _call["release"]
 # Functions of the user's, see `fusedattn.cpu.user`.
 score_mod, mask_mod = (native(USER_FUNCTIONS[name]) for name in ("score_mod", "mask_mod"))
 
@@ -256,6 +259,8 @@ def attend_tile(
         run = p.run_row_scores_of_reals if staged & 1 else p.run_row_scores
         queries, stride = w + p.at_row_queries, p.row_queries_stride
         row_scores(run, keys, k_stride, n, queries, stride, s, head_dim, groups, values, v_stride)
+    elif p.matrix:
+        score_tile(params, w, panel, keys, n)
     else:
         queries = w + p.at_queries + panel * head_dim * row_bytes
         scores(p.run_scores, keys, k_stride, n, queries, s, head_dim)
@@ -280,6 +285,9 @@ def attend_tile(
     weights(p.run_weights, s, n, p.to_log2, running_max, alpha, row_sum)
     if p.dropout:
         drop(p.run_drop, s, n, first_key, p.threshold, p.seed, rows, heads, batch)
+    if p.matrix:
+        accumulate_tile(params, w, panel, values, n, each_key_seen)
+        return
     if not each_key_seen:
         # What no row of the panel may see may hold anything: it is not even multiplied by 0.
         target, stride, keep = w + p.at_seen_values, p.values_stride, w + p.at_seen
@@ -350,7 +358,9 @@ def attend(params, w, batch, kv_head, count, panels, alone, chunk):
     for panel in range(panels):
         low = smaller(low, get_i64(bounds, 4 * panel))
         high = larger(high, get_i64(bounds, 4 * panel + 1))
-        if not p.few_rows:
+        if p.matrix:
+            split_panel(params, w, panel)
+        elif not p.few_rows:
             table = w + p.at_q_rows + panel * lanes * 8
             queries = w + p.at_queries + panel * head_dim * lanes * size
             pack(p.run_pack, queries, table, p.q_dim, head_dim, p.query_sign)
@@ -376,16 +386,18 @@ def attend(params, w, batch, kv_head, count, panels, alone, chunk):
         stage_k = stage_v = 1
         keep_k, keep_v = w + p.at_keep_k, w + p.at_keep_v
     staged = (1 if stage_k else 0) + (2 if stage_v else 0) + (4 if alone else 0)
+    key_group = p.key_group
+    low_group = low // key_group * key_group
     block = low // block_k * block_k
     while block < high:
         if get_atomic(counter) >= STOP:
             return False
-        begin, end = larger(block, low), smaller(block + block_k, high)
+        begin, end = larger(block, low_group), smaller(block + block_k, high)
         keys, k_stride = k + begin * k_row, k_row
         values, v_stride = v + begin * v_row, v_row
         ready = False
         for panel in range(panels):
-            first = larger(begin, get_i64(bounds, 4 * panel))
+            first = larger(begin, get_i64(bounds, 4 * panel) // key_group * key_group)
             last = smaller(end, get_i64(bounds, 4 * panel + 1))
             blocks = masks.FULL
             if p.kinds and first < last:
@@ -396,11 +408,17 @@ def attend(params, w, batch, kv_head, count, panels, alone, chunk):
                 ready, n = True, end - begin
                 if alone:
                     mark_visible(p.run_mark_visible, params, w, batch, begin, n, keep_k, keep_v)
-                if stage_k:
+                if p.matrix:
+                    split_block(params, w, keys, values, n, alone)
+                    if alone or begin < low:
+                        keep_block(params, w, n, low - begin, alone)
+                    keys, k_stride = w + p.at_keys, p.keys_stride
+                    values, v_stride = w + p.at_values, 2
+                elif stage_k:
                     copied, k_stride = w + p.at_keys, p.keys_stride
                     stage(p.run_stage, copied, k_stride, keys, k_row, k_dim, n, head_dim, keep_k)
                     keys = copied
-                if stage_v:
+                if stage_v and not p.matrix:
                     copied, v_stride = w + p.at_values, p.values_stride
                     stage(
                         p.run_stage, copied, v_stride, values, v_row, v_dim, n, head_dim_v, keep_v
@@ -512,11 +530,9 @@ def finish(params, w, batch, count, panels):
     return bad
 
 
-def worker(params, scratch):
-    """Take items until none are left.
-
-    Returns 0, or `NEEDS_RESCUE` if a row needs the rescue, which is not compiled yet.
-    """
+@kernel("ii>i")
+def take_items(params, scratch):
+    """Take items until none are left; see `worker`."""
     p = params_at(params)
     counter, parts = params + COUNTER, p.chunks if p.states else 1
     row_blocks, groups, lanes = p.row_blocks, p.head_groups, p.lanes
@@ -546,3 +562,17 @@ def worker(params, scratch):
                 break
         place = add_atomic(counter, 1)
     return 0
+
+
+def worker(params, scratch):
+    """Take items until none are left.
+
+    Returns 0, or `NEEDS_RESCUE` if a row needs the rescue, which is not compiled yet.
+    """
+    p = params_at(params)
+    if p.matrix:
+        configure(p.run_configure)
+    status = take_items(params, scratch)
+    if p.matrix:
+        release(p.run_release)
+    return status

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from fusedattn.cpu.memory import STORAGE_CODE, view_as
 from fusedattn.cpu.micro import LOG2_E, SIGNATURES, UNSEEN
-from fusedattn.cpu.tile import CHUNK_KEYS, ROWS_PER_ITEM, Tile, tile_for
+from fusedattn.cpu.tile import CHUNK_KEYS, MATRIX_KEYS, ROWS_PER_ITEM, Tile, tile_for
 from fusedattn.cpu.user.words import describe_tables
 from fusedattn.masks import relative_bounds
 from fusedattn.problem import AttentionProblem, Lengths
@@ -58,7 +58,7 @@ _SCRATCH = (
     "seen_values", "shown_tile", "seen", "keep_k", "keep_v", "row_queries", "row_output", "row_max",
     "kinds", "row_sum", "alpha", "factor", "check", "q_rows", "out_rows", "mask_rows", "bias_rows",
     "low", "high", "position", "row", "head", "slope", "bounds", "bad", "exact", "partial",
-    "softcap_slope", "raw_tile",
+    "softcap_slope", "raw_tile", "query_rows", "third_parts", "product", "has_rest",
 )  # fmt: skip
 
 _INTEGERS = [
@@ -69,6 +69,12 @@ _INTEGERS = [
     "counter",  # the atomic counter that hands out items, itself
     "items",
     "few_rows",  # 1: lanes along the head dim, one panel an item
+    "matrix",  # 1: products by the matrix unit
+    "key_group",  # tiles of scores begin at multiples of so many keys
+    "rests_meet",  # 1: the product of two rests counts
+    "queries_part",  # bytes of one part of a panel of queries, and so on
+    "keys_part",
+    "values_part",
     "chunk_keys",  # of few rows: keys whose sums start from nothing
     "chunks",
     "partial_bytes",
@@ -340,8 +346,10 @@ def lower_scores(problem: AttentionProblem, record: NDArray[Any]) -> None:
     natural = in_natural_units(problem, bool(record["few_rows"]))
     # A factor near the ends of the type's range would lose bits or overflow on its own. Nobody
     # means it, but it has an exact answer.
-    exponent = 100 if problem.accumulator == np.float32 else 900
-    record["exact"] = scale != 0.0 and not 2.0**-exponent < abs(scale) < 2.0**exponent
+    least = most = 100 if problem.accumulator == np.float32 else 900
+    # The matrix unit may lose up to 2**-114 (2**12 additions) of a score that is yet to be scaled.
+    most = 64 if record["matrix"] else most
+    record["exact"] = scale != 0.0 and not 2.0**-least < abs(scale) < 2.0**most
     record["natural_units"], record["scale"] = natural, scale
     if natural:
         record["to_log2"], record["query_sign"] = LOG2_E, 1.0
@@ -360,12 +368,13 @@ def lower_scores(problem: AttentionProblem, record: NDArray[Any]) -> None:
 
 def groups_of(problem: AttentionProblem) -> list[str]:
     """Which groups of micro-kernels a problem needs."""
-    few = takes_few_rows(problem)
+    few, matrix = takes_few_rows(problem), tile_of(problem).matrix
     user = problem.score_mod is not None or problem.block_mask is not None
     needed = {
         "common": True,
         "rows": few,
-        "panels": not few,
+        "panels": not few and not matrix,
+        "matrix": matrix,
         "passes": in_natural_units(problem, few),
         "mask": problem.mask is not None or user,
         "user": user,
@@ -408,7 +417,11 @@ def tile_of(problem: AttentionProblem) -> Tile:
     rows = heads_per_item(problem) * problem.seqlen_q
     block_rows = None if problem.block_mask is None else problem.block_mask.block[0]
     storage, out_storage = STORAGE_NAME[problem.dtype], STORAGE_NAME[problem.out_dtype]
-    return tile_for(storage, out_storage, rows, block_rows=block_rows)
+    # A user's functions are asked about the keys that a block mask keeps and about no others, so
+    # tiles cannot begin where the matrix unit wants them to.
+    user = problem.score_mod is not None or problem.block_mask is not None
+    matrix = not (user or takes_few_rows(problem))
+    return tile_for(storage, out_storage, rows, block_rows=block_rows, matrix=matrix)
 
 
 def _lower_work(problem: AttentionProblem, tile: Tile, record: NDArray[Any]) -> None:
@@ -425,7 +438,9 @@ def _lower_work(problem: AttentionProblem, tile: Tile, record: NDArray[Any]) -> 
     record["storage"] = STORAGE_CODE[tile.storage]
     record["out_storage"] = STORAGE_CODE[tile.out_storage]
     few = takes_few_rows(problem)
-    record["few_rows"] = few
+    record["few_rows"], record["matrix"] = few, tile.matrix
+    record["key_group"] = MATRIX_KEYS if record["matrix"] else 1
+    record["rests_meet"] = tile.storage == "float16"
     chunk_keys = CHUNK_KEYS if few else 2**31
     record["chunk_keys"] = chunk_keys
     record["chunks"] = max(1, -(-problem.seqlen_k // chunk_keys))
@@ -476,7 +491,10 @@ def _lower_scratch(tile: Tile, record: NDArray[Any]) -> None:
         "exact": 4 * 8 * head_dim_v,
         "partial": int(record["partial_bytes"]),
         **dict.fromkeys(("softcap_slope", "raw_tile"), 0),  # the backward pass has them
+        **dict.fromkeys(("query_rows", "third_parts", "product", "has_rest"), 0),
     }
+    if record["matrix"]:
+        sizes |= _matrix_scratch(tile, record)
     at = 0
     for name in _SCRATCH:
         record[f"at_{name}"] = at
@@ -484,3 +502,26 @@ def _lower_scratch(tile: Tile, record: NDArray[Any]) -> None:
         # flight has to wait for it.
         at += -(-sizes[name] // 64) * 64 + 1088
     record["scratch_bytes"] = at
+
+
+def _matrix_scratch(tile: Tile, record: NDArray[Any]) -> dict[str, int]:
+    """Lay out what the matrix unit multiplies: two parts of each operand, in whole tiles."""
+    panels, head_dim, head_dim_v = (
+        int(record[name]) for name in ("panels", "head_dim", "head_dim_v")
+    )
+    dims, columns = (-(-n // MATRIX_KEYS) * MATRIX_KEYS for n in (head_dim, head_dim_v))
+    keys_stride, values_stride = 2 * dims, 2 * tile.block_k
+    record["keys_stride"], record["values_stride"] = keys_stride, values_stride
+    record["queries_part"] = tile.lanes * dims * 2
+    record["keys_part"] = tile.block_k * keys_stride
+    record["values_part"] = columns * values_stride
+    return {
+        "queries": 2 * panels * int(record["queries_part"]),
+        "keys": 2 * int(record["keys_part"]),
+        "values": 2 * int(record["values_part"]),
+        "seen_values": 2 * int(record["values_part"]),
+        "query_rows": tile.lanes * dims * 2,
+        "third_parts": tile.block_k * tile.lanes * 2,
+        "product": MATRIX_KEYS * tile.lanes * tile.real_bytes,
+        "has_rest": 8 * (2 + panels),
+    }

@@ -13,6 +13,7 @@ import math
 import os
 from dataclasses import dataclass
 
+from fusedattn.cpu.permission import may_use_tiles
 from fusedattn.undisturbed import undisturbed
 
 # Element types as they lie in memory, by NumPy's (and ml_dtypes') names, with their size in bytes.
@@ -31,6 +32,9 @@ ROWS_TOGETHER = 4
 ROWS_PER_ITEM = 16
 
 BLOCK_K = 96
+# The matrix unit adds the products of so many keys together: its tiles of scores begin at multiples
+# of that, so that no other row decides which.
+MATRIX_KEYS = 32
 # Keys per chunk of few rows: whole blocks, and enough work (0.1 ms and more at a head dim of 64) to
 # be worth another thread.
 CHUNK_KEYS = 21 * BLOCK_K
@@ -43,10 +47,12 @@ class Isa:
     name: str
     vector_bytes: int
     registers: int
+    matrix: bool = False  # with a matrix unit for elements of 16 bits
 
 
 AVX512 = Isa("AVX-512", 64, 32)
 AVX2 = Isa("AVX2", 32, 16)
+AMX = Isa("AVX-512", 64, 32, matrix=True)
 SIMD128 = Isa("128-bit SIMD", 16, 32)
 
 
@@ -67,7 +73,7 @@ def host_isa() -> Isa:
         features = undisturbed(llvm.get_host_cpu_features)
         enabled = {name for name, on in features.items() if on}
     if {"avx512f", "avx512dq", "avx512bw", "avx512vl"} <= enabled:
-        return AVX512
+        return AMX if {"amx-tile", "amx-bf16"} <= enabled and may_use_tiles() else AVX512
     if {"avx2", "fma", "f16c"} <= enabled:
         return AVX2
     return SIMD128
@@ -83,6 +89,7 @@ class Tile:
     vectors: int  # vectors per panel row
     rows: int  # keys, or value columns, per register tile
     block_k: int  # keys per tile of scores
+    matrix: bool = False  # products of panels by the matrix unit
 
     @property
     def bits(self) -> int:
@@ -113,9 +120,10 @@ class Tile:
         return whole_vectors and seqlen_q <= FEW_ROWS
 
     def panels(self, head_dim: int, head_dim_v: int) -> int:
-        """Return the number of panels of one work item, 1 to 4."""
-        panel = self.lanes * (head_dim + head_dim_v) * self.real_bytes
-        return max(1, min(4, ITEM_BYTES // panel))
+        """Return the number of panels of one work item."""
+        query_bytes, most = (2, 8) if self.matrix else (self.real_bytes, 4)
+        panel = self.lanes * (head_dim * query_bytes + head_dim_v * self.real_bytes)
+        return max(1, min(most, ITEM_BYTES // panel))
 
 
 # Speed of a panel of so many vectors, relative to three: it shares each broadcast among fewer FMAs,
@@ -129,22 +137,28 @@ def tile_for(
     rows: int = 4096,
     isa: Isa | None = None,
     block_rows: int | None = None,
+    *,
+    matrix: bool = True,
 ) -> Tile:
     """Return the tile that serves an element type, and so many query rows, on a machine.
 
     Few rows take a narrower panel when that wastes fewer lanes, and so do the blocks of a block
     mask, ``block_rows`` high, where a panel would lie across several of them. Lanes do not know
-    each other, so the width of the panel moves no bit.
+    each other, so the width of the panel moves no bit. ``matrix``: with the matrix unit, if there is
+    one.
     """
     isa = isa or host_isa()
     # rows * vectors accumulators, one row of the panel and a broadcast must fit the registers.
     # LLVM loads the keys of two steps at once on NEON, which takes some more.
     most, rows_in_registers = (3, 8) if isa.registers == 32 else (2, 6)
+    matrix = matrix and isa.matrix and STORAGE_BYTES[storage] == 2
+    if matrix:  # 2 x 2 tiles of sums, 2 of rows and 2 of lanes
+        most = 2
     if isa.vector_bytes == 16:
         rows_in_registers = 6
     width = _width(storage, isa)
     vectors = _vectors(rows, width, most, block_rows)
-    return Tile(storage, out_storage, width, vectors, rows_in_registers, BLOCK_K)
+    return Tile(storage, out_storage, width, vectors, rows_in_registers, BLOCK_K, matrix)
 
 
 def backward_tile_for(
@@ -154,8 +168,8 @@ def backward_tile_for(
     isa = isa or host_isa()
     width = _width(storage, isa)
     vectors = _vectors(rows, width, 4)
-    if isa != AVX512 or vectors < 4:
-        return tile_for(storage, out_storage, rows, isa)
+    if isa.vector_bytes != AVX512.vector_bytes or vectors < 4:
+        return tile_for(storage, out_storage, rows, isa, matrix=False)
     return Tile(storage, out_storage, width, vectors, 6, BLOCK_K)
 
 

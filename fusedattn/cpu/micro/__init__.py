@@ -24,7 +24,9 @@ from llvmlite import ir
 from fusedattn.cpu.micro.base import LOG2_E
 from fusedattn.cpu.micro.bias_gradients import BiasGradients
 from fusedattn.cpu.micro.gradients import GradientRows, Gradients
+from fusedattn.cpu.micro.matrix import Matrix
 from fusedattn.cpu.micro.panels import Panels
+from fusedattn.cpu.micro.parts import Parts
 from fusedattn.cpu.micro.passes import Passes
 from fusedattn.cpu.micro.rows import Rows
 from fusedattn.cpu.micro.softmax import UNSEEN
@@ -49,6 +51,19 @@ GROUPS = {
         "scores": "iiiiii>",
         "accumulate": "iiiiiii>",
         "pack": "iiiif>",
+    },
+    "matrix": {
+        "configure": ">",
+        "release": ">",
+        "split_keys": "iiiiiiiii>i",
+        "pack_queries": "iiiiifi>i",
+        "split_values": "iiiiiiii>i",
+        "keep_values": "iiiiii>",
+        "split_weights": "iii>",
+        "matrix_scores": "iiiiii>",
+        "add_rest_scores": "iiiiiii>",
+        "matrix_accumulate": "iiiiiiiii>",
+        "add_rest_values": "iiiiiiii>",
     },
     "rows": {
         "row_scores": "iiiiiiiiii>",
@@ -93,7 +108,7 @@ _GROUPS = GROUPS | BACKWARD_GROUPS
 SIGNATURES = {name: letters for group in _GROUPS.values() for name, letters in group.items()}
 
 
-class _All(Panels, Rows, Gradients, BiasGradients, Passes, GradientRows):
+class _All(Panels, Parts, Matrix, Rows, Gradients, BiasGradients, Passes, GradientRows):
     """Every micro-kernel under its name."""
 
 

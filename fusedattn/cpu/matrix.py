@@ -1,0 +1,120 @@
+"""Tiles of scores and of weighted values by the matrix unit: between the loops and its kernels.
+
+What the matrix unit multiplies is copied first, in parts (see `fusedattn.cpu.micro.matrix`): the
+queries of an item, and a block of keys and values for all panels of the item. The working memory
+says which of them have a rest.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+
+from __future__ import annotations
+
+from fusedattn.cpu.memory import get_i64, kernel, set_i64, set_u8
+from fusedattn.cpu.micro import SIGNATURES
+from fusedattn.cpu.params import params_at
+from fusedattn.cpu.simd import native
+
+_call = {name: native(signature) for name, signature in SIGNATURES.items()}
+split_keys = _call["split_keys"]
+pack_queries = _call["pack_queries"]
+split_values = _call["split_values"]
+keep_values = _call["keep_values"]
+split_weights = _call["split_weights"]
+matrix_scores = _call["matrix_scores"]
+add_rest_scores = _call["add_rest_scores"]
+matrix_accumulate = _call["matrix_accumulate"]
+add_rest_values = _call["add_rest_values"]
+
+# Which operands have a rest: the keys and values of the block, then the queries of each panel.
+KEYS, VALUES, QUERIES = 0, 1, 2
+
+
+@kernel("iii>")
+def split_panel(params, w, panel):
+    """Copy the queries of a panel."""
+    p = params_at(params)
+    target, rows = w + p.at_queries + 2 * panel * p.queries_part, w + p.at_query_rows
+    table = w + p.at_q_rows + panel * p.lanes * 8
+    part, q_dim, head_dim, sign = p.queries_part, p.q_dim, p.head_dim, p.query_sign
+    has_rest = pack_queries(p.run_pack_queries, target, part, table, q_dim, head_dim, sign, rows)
+    set_i64(w + p.at_has_rest, QUERIES + panel, has_rest)
+
+
+@kernel("iiiiii>")
+def split_block(params, w, keys, values, n, alone):
+    """Copy n keys and values; of a row alone, zeros for those that it does not see."""
+    p = params_at(params)
+    keep = w + p.at_keep_k if alone else 0
+    at, part, stride = w + p.at_keys, p.keys_part, p.keys_stride
+    has_rest = split_keys(
+        p.run_split_keys, at, part, stride, keys, p.k_row, p.k_dim, n, p.head_dim, keep
+    )
+    set_i64(w + p.at_has_rest, KEYS, has_rest)
+    at, part, stride = w + p.at_values, p.values_part, p.values_stride
+    has_rest = split_values(
+        p.run_split_values, at, part, stride, values, p.v_row, p.v_dim, n, p.head_dim_v
+    )
+    set_i64(w + p.at_has_rest, VALUES, has_rest)
+
+
+@kernel("iiiii>")
+def keep_block(params, w, n, unseen, alone):
+    """Enter zeros for values of the block: the first ``unseen``, and what a row alone drops."""
+    p = params_at(params)
+    keep = w + p.at_keep_v
+    for j in range(n):
+        if j < unseen:
+            set_u8(keep, j, 0)
+        elif not alone:
+            set_u8(keep, j, 1)
+    for i in range(1 + get_i64(w + p.at_has_rest, VALUES)):
+        at, stride = w + p.at_values + i * p.values_part, p.values_stride
+        keep_values(p.run_keep_values, at, at, stride, n, p.head_dim_v, keep)
+
+
+@kernel("iiiii>")
+def score_tile(params, w, panel, keys, n):
+    """Scores of n keys of the block against a panel."""
+    p = params_at(params)
+    s, product, head_dim, stride = w + p.at_scores_tile, w + p.at_product, p.head_dim, p.keys_stride
+    queries = w + p.at_queries + 2 * panel * p.queries_part
+    matrix_scores(p.run_matrix_scores, keys, stride, n, queries, s, head_dim)
+    of_keys = get_i64(w + p.at_has_rest, KEYS)
+    of_queries = get_i64(w + p.at_has_rest, QUERIES + panel)
+    run, rest_keys, rest_queries = (
+        p.run_add_rest_scores,
+        keys + p.keys_part,
+        queries + p.queries_part,
+    )
+    if of_keys:
+        add_rest_scores(run, rest_keys, stride, n, queries, s, head_dim, product)
+    if of_queries:
+        add_rest_scores(run, keys, stride, n, rest_queries, s, head_dim, product)
+    if of_keys and of_queries and p.rests_meet:
+        add_rest_scores(run, rest_keys, stride, n, rest_queries, s, head_dim, product)
+
+
+@kernel("iiiiii>")
+def accumulate_tile(params, w, panel, values, n, each_key_seen):
+    """Add n values of the block, by their weights, to the output of a panel.
+
+    What no row of the panel may see may hold anything: it is not even multiplied by 0.
+    """
+    p = params_at(params)
+    s, third, stride = w + p.at_scores_tile, w + p.at_third_parts, p.values_stride
+    columns, product, alpha = p.head_dim_v, w + p.at_product, w + p.at_alpha
+    output = w + p.at_output + panel * columns * p.lanes * p.real_bytes
+    rest = values + p.values_part
+    has_rest = get_i64(w + p.at_has_rest, VALUES)
+    if not each_key_seen:
+        seen, keep = w + p.at_seen_values, w + p.at_seen
+        keep_values(p.run_keep_values, seen, values, stride, n, columns, keep)
+        if has_rest:
+            keep_values(p.run_keep_values, seen + p.values_part, rest, stride, n, columns, keep)
+        values, rest = seen, seen + p.values_part
+    split_weights(p.run_split_weights, s, n, third)
+    matrix_accumulate(
+        p.run_matrix_accumulate, values, stride, n, s, third, output, columns, alpha, product
+    )
+    if has_rest:
+        add_rest_values(p.run_add_rest_values, rest, stride, n, s, third, output, columns, product)

@@ -1,0 +1,226 @@
+"""Products of a panel by the matrix unit (Intel AMX), for elements of 16 bits.
+
+One instruction adds to a tile of 16 x 16 float32 the product of 16 x 32 and 32 x 16 bfloat16. The
+products are exact. Each element takes two chains of 16 FMAs, for the even and the odd terms, which
+begin at zero and are added together and then to the tile: fewer roundings in a row than the chain
+of `Panels`. What is multiplied comes in exact parts, see `Parts`; a rest is multiplied apart, and
+what it adds where it is zero is zero: whether a neighbour has a rest moves no bit of a row. Where
+an infinity would turn that zero into NaN, the score stays what the main parts made it.
+
+A float32 weight, times ``LIFT``, is three parts of 8 digits, by truncation.
+
+The matrix unit takes results below 2**-126 for zeros. ``LIFT`` keeps what that loses below the
+roundings of a subnormal float32: in a column of a block at most 2**10 additions lose less than
+2**-126 / LIFT = 2**-156 each, where 96 FMAs lose up to 2**-150 each. A score loses less than
+2**-126 by each of its additions: see `fusedattn.cpu.params` for the scales that would show it.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+
+from llvmlite import ir
+from numba.core import cgutils
+
+from fusedattn.cpu.micro.base import Kernels
+from fusedattn.cpu.micro.parts import LIFT, LINE, ROWS, filled
+from fusedattn.cpu.simd import BYTES, I8, I64, Emitter
+from fusedattn.cpu.tile import MATRIX_KEYS
+
+# Rests move a score by less than 2**20 (2**-126 times numbers below 2**128, and few of them), which
+# is less than half a unit of a score from here on; an infinite one must stay what it is.
+MOST_WITH_REST = 2.0**64
+
+# Two tiles of rows meet the one or two tiles of lanes of a panel at a time: the sums and what is
+# multiplied just fit the 8 tiles that there are.
+ROW_TILES = 2
+
+# The layout of all tiles, as 64-bit words: palette 1; 64 bytes a row for each of the 8; 16 rows.
+CONFIGURATION = (1, 0, *(2 * (0x0040_0040_0040_0040,)), 0, 0, 0x1010_1010_1010_1010, 0)
+
+
+class Matrix(Kernels):
+    """Scores and sums of weighted values, two tiles of rows at a time."""
+
+    def configure(self, e: Emitter) -> None:
+        """Give the tiles of this thread their shape."""
+        words = cgutils.alloca_once(e.builder, ir.ArrayType(I64, len(CONFIGURATION)))
+        e.builder.store(ir.Constant(words.type.pointee, CONFIGURATION), words)
+        self._instruct(e, "ldtilecfg", e.builder.bitcast(words, BYTES))
+
+    def release(self, e: Emitter) -> None:
+        """Clear the tiles, so that the system need not keep them."""
+        self._instruct(e, "tilerelease")
+
+    def matrix_scores(self, e: Emitter, k, k_stride, n, queries, s, head_dim) -> None:
+        """``S[j][lane] = sum_d k[j][d] * queries[d][lane]`` of one part each, for whole tiles."""
+        with self._steps(e, n) as first:
+            self._score_tiles(e, k, k_stride, queries, first, head_dim, s, first)
+
+    def add_rest_scores(self, e: Emitter, k, k_stride, n, queries, s, head_dim, product) -> None:
+        """Add the scores of one part each, where not both are main parts."""
+        build, count = e.builder, ROW_TILES * ROWS
+        factor = 1.0 / LIFT if self.tile.storage == "bfloat16" else 1.0
+        limit = e.splat_const(MOST_WITH_REST)
+        with self._steps(e, n) as first:
+            self._score_tiles(e, k, k_stride, queries, first, head_dim, product, I64(0))
+
+            def add(v: int, j: ir.Value, score: ir.Value) -> ir.Value:
+                rest = self._load(e, e.pointer(e.offset(product, j, self.row_bytes)), v)
+                total = e.fma(rest, e.splat_const(factor), score)
+                small = build.fcmp_ordered("<", e.absolute(score), limit)
+                return build.select(small, total, score)
+
+            self._each(e, e.offset(s, first, self.row_bytes), I64(count), add)
+
+    def split_weights(self, e: Emitter, s, n, third) -> None:
+        """Three parts of ``LIFT * weight`` as ``[key // 2][lane][key % 2]``, for whole groups.
+
+        The first two parts of a pair of keys take the place of its two rows of weights. What is
+        missing in the last group of 32 keys becomes 0.
+        """
+        build = e.builder
+        whole = filled(e, n, MATRIX_KEYS)
+        with e.loop(build.sub(whole, n)) as i:
+            row = e.pointer(e.offset(s, build.add(n, i), self.row_bytes))
+            for v in range(self.tile.vectors):
+                self._store(e, e.splat_const(0.0), row, v)
+        mask, half = e.splat_int(-0x10000, e.i32vec), e.splat_int(16, e.i32vec)
+        self._stay_awake(e)
+        with e.loop(build.ashr(whole, I64(1))) as pair:
+            row = e.offset(s, pair, 2 * self.row_bytes)
+            rows = [e.pointer(row), e.pointer(build.add(row, I64(self.row_bytes)))]
+            targets = [*rows, e.pointer(e.offset(third, pair, self.row_bytes))]
+            for v in range(self.tile.vectors):
+                left = [build.fmul(self._load(e, row, v), e.splat_const(LIFT)) for row in rows]
+                for target in targets:
+                    raw = [build.bitcast(x, e.i32vec) for x in left]
+                    digits = [build.and_(x, mask) for x in raw]
+                    both = build.or_(build.lshr(raw[0], half), digits[1])
+                    e.store_at(both, target, v * LINE, LINE)
+                    left = [
+                        build.fsub(x, build.bitcast(d, e.vec))
+                        for x, d in zip(left, digits, strict=True)
+                    ]
+
+    def matrix_accumulate(
+        self, e: Emitter, values, v_stride, n, s, third, o, columns, alpha, product
+    ) -> None:
+        """``O[d][lane] = O[d][lane] * alpha[lane] + sum_j v[j][d] * weight[j][lane]``."""
+        factors = self._vectors(e, alpha)
+        build, factor = e.builder, e.splat_const(1.0 / LIFT)
+
+        def join(v: int, old: ir.Value, total: ir.Value) -> ir.Value:
+            return e.fma(total, factor, build.fmul(old, factors[v]))
+
+        self._value_tiles(e, values, v_stride, n, s, third, o, columns, product, join)
+
+    def add_rest_values(
+        self, e: Emitter, values, v_stride, n, s, third, o, columns, product
+    ) -> None:
+        """``O[d][lane] += sum_j v[j][d] * weight[j][lane]`` of the rests of values."""
+        lifts = 2 if self.tile.storage == "bfloat16" else 1
+        factor = e.splat_const(LIFT**-lifts)
+
+        def join(_: int, old: ir.Value, total: ir.Value) -> ir.Value:
+            return e.fma(total, factor, old)
+
+        self._value_tiles(e, values, v_stride, n, s, third, o, columns, product, join)
+
+    def _stay_awake(self, e: Emitter) -> None:
+        """Give the matrix unit something to do between its products.
+
+        After some 0.6 microseconds without work it takes 0.3 to wake. What the tiles hold between
+        two products does not matter.
+        """
+        self._instruct(e, "tdpbf16ps", I8(0), I8(1), I8(2))
+
+    @contextmanager
+    def _steps(self, e: Emitter, n: ir.Value) -> Iterator[ir.Value]:
+        """Walk the multiples below n of what the tiles of rows hold."""
+        count = ROW_TILES * ROWS
+        rounds = e.builder.sdiv(e.builder.add(n, I64(count - 1)), I64(count))
+        with e.loop(rounds) as i:
+            yield e.builder.mul(i, I64(count))
+
+    def _numbers(self) -> tuple[list[list[int]], list[int], list[int]]:
+        """Numbers of the tiles that hold sums [row tile][vector], rows and lanes."""
+        vectors, rows = self.tile.vectors, ROW_TILES
+        sums = [[m * vectors + v for v in range(vectors)] for m in range(rows)]
+        after = rows * vectors
+        return (
+            sums,
+            [after + m for m in range(rows)],
+            [after + rows + v for v in range(vectors)],
+        )
+
+    def _score_tiles(self, e: Emitter, k, k_stride, queries, first, head_dim, s, target) -> None:
+        """The scores of some tiles of keys from ``first`` on, to rows of s from ``target`` on."""
+        build = e.builder
+        sums, rows, lanes = self._numbers()
+        for number in chain(*sums):
+            self._instruct(e, "tilezero", I8(number))
+        row_stride = I64(self.row_bytes)
+        keys = [e.offset(k, build.add(first, I64(m * ROWS)), k_stride) for m in range(len(rows))]
+        with e.loop(build.ashr(build.add(head_dim, I64(31)), I64(5))) as step:
+            for m, number in enumerate(rows):
+                self._load_tile(e, number, e.offset(keys[m], step, LINE), k_stride)
+            panel = e.offset(queries, step, ROWS * self.row_bytes)
+            for v, number in enumerate(lanes):
+                self._load_tile(e, number, build.add(panel, I64(v * LINE)), row_stride)
+                for m, row in enumerate(rows):
+                    self._instruct(e, "tdpbf16ps", I8(sums[m][v]), I8(row), I8(number))
+        self._store_tiles(e, sums, e.offset(s, target, self.row_bytes))
+
+    def _value_tiles(
+        self, e: Emitter, values, v_stride, n, s, third, o, columns, product, join
+    ) -> None:
+        build = e.builder
+        sums, rows, lanes = self._numbers()
+        count = len(rows) * ROWS
+        with self._steps(e, columns) as first:
+            for number in chain(*sums):
+                self._instruct(e, "tilezero", I8(number))
+            column = e.offset(values, first, v_stride)
+            with e.loop(build.ashr(build.add(n, I64(MATRIX_KEYS - 1)), I64(5))) as group:
+                for m, number in enumerate(rows):
+                    at = e.offset(e.offset(column, m * ROWS, v_stride), group, LINE)
+                    self._load_tile(e, number, at, v_stride)
+                first_part = e.offset(s, group, MATRIX_KEYS * self.row_bytes)
+                second_part = build.add(first_part, I64(self.row_bytes))
+                third_part = e.offset(third, group, ROWS * self.row_bytes)
+                pairs = I64(2 * self.row_bytes)
+                for at, stride in (
+                    (first_part, pairs),
+                    (second_part, pairs),
+                    (third_part, I64(self.row_bytes)),
+                ):
+                    for v, number in enumerate(lanes):
+                        self._load_tile(e, number, build.add(at, I64(v * LINE)), stride)
+                        for m, row in enumerate(rows):
+                            self._instruct(e, "tdpbf16ps", I8(sums[m][v]), I8(row), I8(number))
+            self._store_tiles(e, sums, product)
+            with e.loop(e.minimum(I64(count), build.sub(columns, first))) as d:
+                totals = e.pointer(e.offset(product, d, self.row_bytes))
+                row = e.pointer(e.offset(o, build.add(first, d), self.row_bytes))
+                for v in range(self.tile.vectors):
+                    total = join(v, self._load(e, row, v), self._load(e, totals, v))
+                    self._store(e, total, row, v)
+
+    def _store_tiles(self, e: Emitter, sums: list[list[int]], target: ir.Value) -> None:
+        for m, tiles in enumerate(sums):
+            for v, number in enumerate(tiles):
+                at = e.pointer(e.builder.add(target, I64(m * ROWS * self.row_bytes + v * LINE)))
+                self._instruct(e, "tilestored64", I8(number), at, I64(self.row_bytes))
+
+    def _load_tile(self, e: Emitter, number: int, address: ir.Value, stride: ir.Value) -> None:
+        self._instruct(e, "tileloadd64", I8(number), e.pointer(address), stride)
+
+    def _instruct(self, e: Emitter, name: str, *operands: ir.Value) -> None:
+        kind = ir.FunctionType(ir.VoidType(), [operand.type for operand in operands])
+        function = cgutils.get_or_insert_function(e.builder.module, kind, f"llvm.x86.{name}")
+        e.builder.call(function, operands)
