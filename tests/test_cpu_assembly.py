@@ -97,6 +97,35 @@ def test_products_of_the_backward_pass_keep_their_sums_in_registers(target, dtyp
             assert not [line for line in body if stack in line], "\n".join(body)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("rows", "lanes"), [(16, 1), (4096, 2)])
+def test_products_of_the_matrix_unit_load_each_operand_once(dtype, rows, lanes):
+    """For any machine: a processor with AMX is named, none is needed."""
+    _, triple, _, _, stack = TARGETS["AVX-512"]
+    try:
+        machine = host_machine("sapphirerapids", "", triple)
+    except RuntimeError:
+        pytest.skip(f"this LLVM knows no {triple}")
+    shape = tile.tile_for(dtype, dtype, rows, tile.AMX)
+    assert shape.matrix
+    assert shape.vectors == lanes
+    kernels = functions(compile_micro(shape, "matrix", machine, assembly=True))
+    assert set(GROUPS["matrix"]) <= set(kernels)
+    # Sums of two tiles of rows; the values of a group of keys meet three parts of the weights.
+    for name, parts in (
+        ("matrix_scores", 1),
+        ("add_rest_scores", 1),
+        ("matrix_accumulate", 3),
+        ("add_rest_values", 3),
+    ):
+        bodies = [body for body in loops(kernels[name]) if any("tdpbf16ps" in x for x in body)]
+        assert len(bodies) == 1
+        counts = [sum(word in x for x in bodies[0]) for word in ("tdpbf16ps", "tileloadd")]
+        assert counts == [2 * lanes * parts, 2 + lanes * parts], "\n".join(bodies[0])
+        assert not [line for line in bodies[0] if stack in line], "\n".join(bodies[0])
+        assert "tilestored" not in "".join(bodies[0])
+
+
 def check_products(lines, shape, multiply_add, stack):
     bodies = [body for body in loops(lines) if any(multiply_add.match(line) for line in body)]
     counts = [sum(bool(multiply_add.match(line)) for line in body) for body in bodies]
@@ -136,5 +165,7 @@ def test_every_kernel_is_compiled_for_every_vector_unit(target, dtype, out):
     isa, machine, *_ = target
     shape = tile.tile_for(dtype, out, isa=isa)
     for group, kernels in (GROUPS | BACKWARD_GROUPS).items():
+        if group == "matrix" and not isa.matrix:
+            continue
         assembly = compile_micro(shape, group, machine, assembly=True)
         assert set(kernels) <= set(functions(assembly))

@@ -144,8 +144,7 @@ def tile_for(
 
     Few rows take a narrower panel when that wastes fewer lanes, and so do the blocks of a block
     mask, ``block_rows`` high, where a panel would lie across several of them. Lanes do not know
-    each other, so the width of the panel moves no bit. ``matrix``: with the matrix unit, if there is
-    one.
+    each other, so the width of the panel moves no bit. ``matrix``: whether to use a matrix unit.
     """
     isa = isa or host_isa()
     # rows * vectors accumulators, one row of the panel and a broadcast must fit the registers.

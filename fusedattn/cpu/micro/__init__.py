@@ -2,8 +2,9 @@
 
 A panel of queries lies across the lanes, so a tile of scores is stored transposed, as
 ``S[key][lane]``: no operation of the softmax is horizontal, keys and value columns enter by
-broadcast from the caller's own rows, and nothing but the queries is ever packed. There is no
-mask logic here beyond "select minus infinity", no allocation and no loop over tiles.
+broadcast from the caller's own rows, and nothing but the queries is ever packed. A matrix unit
+wants more: see `Matrix` and `Parts`. There is no mask logic here beyond "select minus infinity", no
+allocation and no loop over tiles.
 
 Arithmetic that decides bits:
 
