@@ -217,14 +217,19 @@ _KERNEL_NAMES = {"alibi_slopes": "slopes"}
 _POSITIONS = tuple((name, _KERNEL_NAMES.get(name, name)) for name in _FIELDS)
 
 
-def run(call: Any, stream: Any = None) -> Any:
+def run(call: Any) -> Any:
     """Compute a call of `attention` whose arrays lie on a GPU; see there."""
     if call.backend not in (None, "cuda"):
         dispatch.load(call.backend)
         raise NotImplementedError(
             f"backend {call.backend!r} takes arrays in host memory, but q lies on a GPU"
         )
-    number = stream_of(call.q, stream)
+    for name in ("score_mod", "block_mask"):
+        if getattr(call, name) is not None:  # before anybody reads what it carries along
+            raise NotImplementedError(
+                f"backend 'cuda' not able to run this: no {name} on a GPU yet"
+            )
+    number = stream_of(call.q, call.stream)
     kinds: list[Any] = []
     addresses: dict[str, int] = {}
     views: dict[str, View] = {}
@@ -296,7 +301,7 @@ def _key(call: Any, kinds: list[Any]) -> Any:
         return None
     options = (
         *(call.scale, call.causal, call.window_size, call.softcap, call.dropout_p, call.seed),
-        *(call.layout, call.return_lse, call.out_dtype),
+        *(call.layout, call.return_lse, call.out_dtype, call.score_mod_aux),
     )
     # Types stand beside values because 1 == True == 1.0, and not all of them are accepted.
     key = (*kinds, *options, *map(type, options), *map(type, call.window_size or ()))
@@ -313,7 +318,8 @@ def _prepare(call: Any, stream: int, views: dict[str, View]) -> _Known:
         array = getattr(call, name)
         if array is not None and name not in views:
             views[name] = view(name, array, stream)
-    call = call._replace(**{name: seen.shadow for name, seen in views.items()})
+    shadows = {name: seen.shadow for name, seen in views.items()}
+    call = call._replace(stream=None, **shadows)
     devices = {name: seen.device for name, seen in views.items()}
     if len(set(devices.values())) > 1:
         raise ValueError(f"all arrays must lie on one GPU, but lie on {devices}")
