@@ -38,6 +38,7 @@ class Options(TypedDict, total=False):
     out: Array | None
     out_dtype: DTypeLike | None
     backend: str | None
+    stream: Any
 
 
 @overload
@@ -78,6 +79,7 @@ def attention(
     out: Array | None = None,
     out_dtype: DTypeLike | None = None,
     backend: str | None = None,
+    stream: Any = None,
 ) -> Array | tuple[Array, Array]:
     """Exact attention, ``softmax(scale * q k^T + ...) v``, without the matrix of scores.
 
@@ -145,8 +147,12 @@ def attention(
         Where to write the result: of its shape, layout and dtype, overlapping no input.
     out_dtype : dtype, optional
         q's dtype (the default) or float32.
-    backend : {"cpu", "blocked", "reference"}, optional
-        Default: the first that can. One asked for by name never falls back silently.
+    backend : {"cpu", "cuda", "blocked", "reference"}, optional
+        Default: the first that can, and ``"cuda"`` for arrays in the memory of a GPU (of CuPy,
+        torch or Numba), whose results come in kind. One asked for by name never falls back
+        silently.
+    stream : int or stream of CuPy, torch or Numba, optional
+        CUDA stream to work on, for arrays on a GPU; default the current one of their library.
 
     Returns
     -------
@@ -197,13 +203,17 @@ def attention(
     >>> bool((attention(q, k, v, mask=nothing) == 0).all())
     True
     """
-    return run(
-        Call(
-            q, k, v, q_offset, seqused_q, seqused_k, score_mod_aux, mask, bias, alibi_slopes, sinks,
-            out, scale, causal, window_size, softcap, score_mod, block_mask, dropout_p, seed,
-            layout, return_lse, out_dtype, backend,
-        )
+    call = Call(
+        q, k, v, q_offset, seqused_q, seqused_k, score_mod_aux, mask, bias, alibi_slopes, sinks,
+        out, scale, causal, window_size, softcap, score_mod, block_mask, dropout_p, seed, layout,
+        return_lse, out_dtype, backend, stream,
     )  # fmt: skip
+    if type(q) is not np.ndarray:
+        from fusedattn import arrays
+
+        if arrays.on_gpu(q):
+            return arrays.run(call)  # type: ignore[no-any-return]
+    return run(call)
 
 
 def plan(q: Array, k: Array, v: Array, **options: Any) -> Plan:
@@ -215,7 +225,8 @@ def plan(q: Array, k: Array, v: Array, **options: Any) -> Plan:
     Parameters
     ----------
     q, k, v : ndarray
-        Arrays of the shapes, strides and dtypes to come, as in `attention`; nothing is read.
+        Arrays in host memory, of the shapes, strides and dtypes to come, as in `attention`; nothing
+        is read.
     **options
         As in `attention`. Of ``q_offset``, ``seqused_q``, ``seqused_k``, ``mask``, ``bias``,
         ``alibi_slopes``, ``sinks`` and ``out`` those that each call will be given.
@@ -250,6 +261,14 @@ def plan(q: Array, k: Array, v: Array, **options: Any) -> Plan:
     unknown = options.keys() - set(Call._fields)
     if unknown:
         raise TypeError(f"plan() got an unexpected keyword argument {min(unknown)!r}")
+    if type(q) is not np.ndarray:
+        from fusedattn import arrays
+
+        if arrays.on_gpu(q):
+            raise TypeError(
+                "plan takes arrays in host memory, but q lies on a GPU: "
+                "attention remembers the launches of such calls by itself"
+            )
     return find(Call(q, k, v, **options))
 
 

@@ -63,6 +63,7 @@ class Backend(Protocol):
 # so that `import fusedattn` stays light.
 _PLACES = {
     "cpu": ("fusedattn.cpu.backend", "CPU"),
+    "cuda": ("fusedattn.cuda.backend", "CUDA"),
     "blocked": ("fusedattn.blocked", "BLOCKED"),
     "reference": ("fusedattn.reference", "REFERENCE"),
 }

@@ -139,6 +139,20 @@ def block_interval(
     return k_lo, k_hi
 
 
+def common_interval(
+    row_lo: int, row_hi: int, k_from: int, k_to: int, seqused_q: int, seqused_k: int
+) -> tuple[int, int]:
+    """Interval of the keys that every row of ``row_lo <= i < row_hi`` sees; may be empty.
+
+    >>> common_interval(1, 3, k_from=-1, k_to=1, seqused_q=4, seqused_k=5)
+    (1, 2)
+    """
+    if row_hi > seqused_q:
+        return 0, 0
+    k_lo = max(row_hi - 1 + k_from, 0)
+    return k_lo, max(min(row_lo + k_to, seqused_k), k_lo)
+
+
 def tile_kind(
     row_lo: int,
     row_hi: int,
@@ -171,11 +185,8 @@ def tile_kind(
     k_lo, k_hi = block_interval(row_lo, row_hi, k_from, k_to, seqused_q, seqused_k)
     if k_hi <= key_lo or k_lo >= min(key_hi, seqused_k):
         return SKIP
-    last_sees_first_key = row_hi - 1 + k_from <= key_lo
-    first_sees_last_key = key_hi <= min(row_lo + k_to, seqused_k)
-    if row_hi <= seqused_q and last_sees_first_key and first_sees_last_key:
-        return FULL
-    return EDGE
+    all_lo, all_hi = common_interval(row_lo, row_hi, k_from, k_to, seqused_q, seqused_k)
+    return FULL if all_lo <= key_lo and key_hi <= all_hi else EDGE
 
 
 class KeyRange(NamedTuple):

@@ -50,11 +50,14 @@ class Call(NamedTuple):
     return_lse: bool = False
     out_dtype: Any = None
     backend: str | None = None
+    stream: Any = None
 
     def problem(self) -> AttentionProblem:
-        """Check the arguments."""
+        """Check the arguments, of arrays in host memory."""
+        if self.stream is not None:
+            raise TypeError("stream is for arrays on a GPU, but q is in host memory")
         arguments = self._asdict()
-        del arguments["backend"]
+        del arguments["backend"], arguments["stream"]
         return make_problem(**arguments)
 
     def kind(self) -> tuple[Any, ...] | None:

@@ -22,8 +22,15 @@ def keywords(function):
 
 def test_attention_and_make_problem_take_the_same_keywords():
     ours = keywords(attention)
-    assert ours.pop("backend") is None
+    assert ours.pop("backend") is ours.pop("stream") is None
     assert ours == keywords(make_problem)
+
+
+def test_a_stream_is_for_arrays_on_a_gpu():
+    attention(Q, K, V, scale=0.3)  # a remembered kind does not let one through
+    for function in (attention, fusedattn.plan):
+        with pytest.raises(TypeError, match="stream is for arrays on a GPU"):
+            function(Q, K, V, scale=0.3, stream=0)
 
 
 def test_the_types_of_the_keywords_name_them_all():
@@ -71,7 +78,7 @@ def test_half_results_can_be_had_in_float32():
 
 
 def test_an_unknown_backend_is_named():
-    expected = "backend must be None or one of cpu, blocked, reference, but is 'tpu'"
+    expected = "backend must be None or one of cpu, cuda, blocked, reference, but is 'tpu'"
     with pytest.raises(ValueError, match=expected):
         attention(Q, K, V, backend="tpu")
     with pytest.raises(ValueError, match=expected):
@@ -117,9 +124,11 @@ def test_where_none_can_run_each_says_why(monkeypatch):
 
 def test_explain_says_what_runs_and_why_not_elsewhere(monkeypatch):
     monkeypatch.setitem(dispatch._loaded, "cpu", Lazy("no float32"))
+    monkeypatch.setitem(dispatch._loaded, "cuda", Lazy("no GPU"))
     answer = explain(Q, K, V, causal=True, window_size=(3, None), softcap=2.0, sinks=np.zeros(4))
     assert answer.backend == "blocked"
-    assert answer.reasons == {"cpu": ["no float32"], "blocked": [], "reference": []}
+    reasons = {"cpu": ["no float32"], "cuda": ["no GPU"], "blocked": [], "reference": []}
+    assert answer.reasons == reasons
     text = str(answer)
     for part in ("runs on blocked", "causal", "window_size (3, None)", "softcap 2", "sinks"):
         assert part in text

@@ -37,7 +37,9 @@ def assert_equals_reference(problem, found, d_out, d_lse):
             assert_within(got, want, allowed, name=name)
 
 
-@given(attention_problems(dtypes=DTYPES, without=("layout", "out"), sizes=SMALL), BLOCKS)
+@given(
+    attention_problems(dtypes=DTYPES, without=("layout", "out", "score_mod"), sizes=SMALL), BLOCKS
+)
 def test_any_tiles_equal_the_specification_within_the_budget(case, blocks):
     problem = case.problem
     given_arrays = [case.q, case.k, case.v, problem.bias, problem.sinks]

@@ -12,6 +12,7 @@ import pytest
 from cpu_backend import finish, process, python
 
 import fusedattn
+from fusedattn import kernel_files
 from fusedattn.cpu import cache, compile, tile
 
 CALL = """
@@ -85,15 +86,15 @@ def damaged(payload):
 
 def test_a_damaged_file_counts_as_absent(tmp_path):
     path = tmp_path / "kernel.bin"
-    cache._write(path, b"machine code" * 100)
-    assert cache._read(path) == b"machine code" * 100
+    kernel_files.write(path, b"machine code" * 100)
+    assert kernel_files.read(path) == b"machine code" * 100
     for name, payload in damaged(path.read_bytes()).items():
         path.write_bytes(payload)
-        assert cache._read(path) is None, name
+        assert kernel_files.read(path) is None, name
     path.unlink()
-    assert cache._read(path) is None
+    assert kernel_files.read(path) is None
     path.mkdir()
-    assert cache._read(path) is None
+    assert kernel_files.read(path) is None
 
 
 def test_damaged_files_are_compiled_and_written_again(filled, folder):
@@ -103,7 +104,7 @@ def test_damaged_files_are_compiled_and_written_again(filled, folder):
         (folder / name).write_bytes(damaged(payload)[ways[i % len(ways)]])
     assert python(CALL, FUSEDATTN_CACHE_DIR=folder) == filled[1]
     for name in before:
-        assert cache._read(folder / name) is not None
+        assert kernel_files.read(folder / name) is not None
 
 
 def test_whole_files_of_another_kind_are_compiled_again(tmp_path, monkeypatch):
@@ -112,7 +113,7 @@ def test_whole_files_of_another_kind_are_compiled_again(tmp_path, monkeypatch):
     asked = []
     for payload in (b"", b"no pickle", pickle.dumps(("a", 3)), pickle.dumps(None)):
         kernel = cache.KernelCache("worker", lambda: asked.append(True))
-        cache._write(kernel.path, payload)
+        kernel_files.write(kernel.path, payload)
         assert kernel.load_overload(None, compile.CFunc) is None
     assert len(asked) == 4
 
@@ -143,8 +144,10 @@ def test_a_full_or_read_only_disk_is_not_missed(tmp_path, monkeypatch, call, err
     monkeypatch.setenv("FUSEDATTN_CACHE_DIR", str(tmp_path))
     opened = []
     if name == "fdopen":
-        monkeypatch.setattr(cache.tempfile, "mkstemp", keep(cache.tempfile.mkstemp, opened))
-    monkeypatch.setattr(getattr(cache, module), name, fail)
+        monkeypatch.setattr(
+            kernel_files.tempfile, "mkstemp", keep(kernel_files.tempfile.mkstemp, opened)
+        )
+    monkeypatch.setattr(getattr(kernel_files, module), name, fail)
     assert cache.fetch("kernel", "detail", lambda: b"code") == b"code"
     assert not list(tmp_path.iterdir())
     for handle, _ in opened:
@@ -179,15 +182,15 @@ def test_a_read_only_folder_serves_what_it_holds(filled, folder):
 def test_the_folder_follows_the_customs_of_the_system(monkeypatch, tmp_path):
     monkeypatch.delenv("FUSEDATTN_CACHE_DIR", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(cache.sys, "platform", "linux")
+    monkeypatch.setattr(kernel_files.sys, "platform", "linux")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert cache.cache_dir() == tmp_path / ".cache" / "fusedattn"
+    assert kernel_files.cache_dir() == tmp_path / ".cache" / "fusedattn"
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert cache.cache_dir() == Path("/somewhere/fusedattn")
-    monkeypatch.setattr(cache.sys, "platform", "darwin")
-    assert cache.cache_dir() == tmp_path / "Library" / "Caches" / "fusedattn"
+    assert kernel_files.cache_dir() == Path("/somewhere/fusedattn")
+    monkeypatch.setattr(kernel_files.sys, "platform", "darwin")
+    assert kernel_files.cache_dir() == tmp_path / "Library" / "Caches" / "fusedattn"
     monkeypatch.setenv("FUSEDATTN_CACHE_DIR", "/chosen")
-    assert cache.cache_dir() == Path("/chosen")
+    assert kernel_files.cache_dir() == Path("/chosen")
 
 
 def test_without_a_home_nothing_is_kept(monkeypatch):
@@ -294,7 +297,7 @@ def test_a_first_compilation_that_was_killed_is_done_again(filled, tmp_path, sig
     child.communicate(timeout=60)
     assert child.returncode != 0
     assert python(CALL, FUSEDATTN_CACHE_DIR=tmp_path) == filled[1]
-    assert all(cache._read(path) for path in tmp_path.glob("*.bin"))
+    assert all(kernel_files.read(path) for path in tmp_path.glob("*.bin"))
 
 
 def test_processes_that_compile_at_once_agree(filled, tmp_path):

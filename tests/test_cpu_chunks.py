@@ -118,7 +118,7 @@ def test_a_call_that_starts_over_forgets_how_many_chunks_were_done():
     problem = make_problem(q, k, v)
     out, expected = problem.empty_out(), attention(q, k, v)
     template = CPU.prepare(problem)._template
-    bound = template.bind((q, k, v, out, None, None, None), None, None, None, split=True)
+    bound = template.bind((q, k, v, out, None, None, None), None, None, None, (), split=True)
     scratch = np.empty(template.scratch_bytes + 64, np.uint8)
     for _ in range(2):
         out.fill(np.nan)

@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "merge": set(),
     "philox": set(),
     "undisturbed": set(),
+    "kernel_files": set(),
     "checks": set(),
     "functions": {"checks"},
     "pointwise": {"functions"},
@@ -30,6 +31,7 @@ MAY_IMPORT = {
         "block_mask",
         "cpu",
         "functions",
+        "kernel_files",
         "masks",
         "merge",
         "philox",
@@ -37,9 +39,21 @@ MAY_IMPORT = {
         "problem",
         "undisturbed",
     },
-    "dispatch": {"checks", "problem", "cpu", "blocked", "reference", "undisturbed"},
+    "cuda": {"checks", "cuda", "kernel_files", "masks", "philox", "problem", "undisturbed"},
+    "dispatch": {"checks", "problem", "cpu", "cuda", "blocked", "reference", "undisturbed"},
     "plan": {"block_mask", "checks", "dispatch", "functions", "problem"},
-    "api": {"block_mask", "checks", "dispatch", "plan", "problem", "merge", "cpu", "reference"},
+    "arrays": {"checks", "dispatch", "problem"},
+    "api": {
+        "arrays",
+        "block_mask",
+        "checks",
+        "cpu",
+        "dispatch",
+        "merge",
+        "plan",
+        "problem",
+        "reference",
+    },
     "gradients": {"block_mask", "checks", "functions", "dispatch", "problem"},
     "": {"api", "block_mask", "gradients", "merge", "problem"},
     # The kit judges other people's kernels: it knows the specification and no kernel of ours.
@@ -64,6 +78,7 @@ OUTSIDE = {
     "merge": {"numpy"},
     "philox": set(),
     "undisturbed": set(),
+    "kernel_files": set(),
     "checks": {"numpy", "ml_dtypes"},
     "functions": {"numpy"},
     "pointwise": {"numpy"},
@@ -74,6 +89,7 @@ OUTSIDE = {
     "blocked": {"numpy"},
     "dispatch": set(),
     "plan": {"numpy"},
+    "arrays": {"numpy", "ml_dtypes"},
     "api": {"numpy"},
     "gradients": {"numpy"},
     "": set(),
@@ -149,7 +165,7 @@ def run(code):
 def test_import_loads_nothing_optional():
     loaded = {name.split(".")[0] for name in run(LIGHT).split()}
     heavy = {"numba", "llvmlite", "hypothesis", "pytest", "typer", "rich", "scipy", "onnx"}
-    heavy |= {"torch", "jax"}
+    heavy |= {"torch", "jax", "cupy", "cuda", "numba_cuda", "numba_cuda_mlir"}
     assert not loaded & heavy
 
 

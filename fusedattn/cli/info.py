@@ -59,7 +59,8 @@ def _threads() -> str:
 
 
 def _cache() -> dict[str, str]:
-    from fusedattn.cpu.cache import KernelCache, cache_dir
+    from fusedattn.cpu.cache import KernelCache
+    from fusedattn.kernel_files import cache_dir
 
     folder = cache_dir()
     chosen = " (FUSEDATTN_CACHE_DIR)" if os.environ.get("FUSEDATTN_CACHE_DIR") else ""

@@ -1,0 +1,185 @@
+"""Forward attention on an NVIDIA GPU beside torch's cuDNN and FlashAttention-2, interleaved.
+
+    python bench/gpu.py [--json FILE] [--rounds N]
+
+Each shape is checked against float64 on some rows before anything is timed. Then all contenders
+take turns, and the ratio of medians is the result. Times are taken by CUDA events around several
+calls, so the time of the host shows only where it is longer than that of the GPU.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import fusedattn
+
+Shape = tuple[int, int, int, int, int]
+Run = Callable[[], Any]
+
+# (batch, heads, heads_kv, seqlen, head_dim); short and long, full and grouped heads.
+PREFILL = [
+    (32, 16, 16, 512, 64),
+    (16, 16, 16, 1024, 128),
+    (4, 16, 16, 4096, 128),
+    (1, 16, 16, 16384, 128),
+    (2, 32, 8, 8192, 128),
+    (1, 32, 32, 16384, 64),
+    (1, 8, 8, 16384, 256),
+]
+FLOAT32 = [(1, 16, 16, 4096, 64), (1, 16, 16, 4096, 128)]
+PEERS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash2": SDPBackend.FLASH_ATTENTION}
+CHECKED_ROWS = 64
+
+
+def tensors(shape: Shape, dtype: Any, seed: int = 0) -> list[Any]:
+    batch, heads, heads_kv, seqlen, dim = shape
+    generator = torch.Generator("cuda").manual_seed(seed)
+    sizes = [(batch, n, seqlen, dim) for n in (heads, heads_kv, heads_kv)]
+    return [torch.randn(s, generator=generator, device="cuda", dtype=dtype) for s in sizes]
+
+
+def contenders(q: Any, k: Any, v: Any, causal: bool, peers: dict[str, Any]) -> dict[str, Run]:
+    """Functions of no arguments, by name."""
+
+    def peer(backend: Any) -> Run:
+        def call() -> Any:
+            with sdpa_kernel(backend):
+                return torch.nn.functional.scaled_dot_product_attention(
+                    q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+                )
+
+        return call
+
+    calls: dict[str, Run] = {"fusedattn": lambda: fusedattn.attention(q, k, v, causal=causal)}
+    return calls | {name: peer(backend) for name, backend in peers.items()}
+
+
+def expected(q: Any, k: Any, v: Any, causal: bool, rows: Any) -> Any:
+    """Some rows of the last head of the last item, in float64."""
+    group = q.shape[1] // k.shape[1]
+    head = q.shape[1] - 1
+    q64, k64, v64 = (
+        x.double() for x in (q[-1, head, rows], k[-1, head // group], v[-1, head // group])
+    )
+    scores = q64 @ k64.T / np.sqrt(q.shape[-1])
+    if causal:
+        position = torch.arange(q.shape[2], device="cuda")[rows]
+        hidden = torch.arange(k.shape[2], device="cuda")[None] > position[:, None]
+        scores.masked_fill_(hidden, -torch.inf)
+    return torch.softmax(scores, -1) @ v64
+
+
+def error_of(call: Run, q: Any, k: Any, v: Any, causal: bool) -> float:
+    """Relative error of some rows, by norms."""
+    rows = torch.linspace(0, q.shape[2] - 1, CHECKED_ROWS, device="cuda").long()
+    out = call()[-1, -1, rows].double()
+    reference = expected(q, k, v, causal, rows)
+    return float((out - reference).norm() / reference.norm())
+
+
+def milliseconds(call: Run, repeats: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / repeats
+
+
+def measure(
+    shape: Shape, dtype: Any, causal: bool, rounds: int, peers: dict[str, Any]
+) -> dict[str, Any]:
+    q, k, v = tensors(shape, dtype)
+    calls = contenders(q, k, v, causal, peers)
+    errors: dict[str, float] = {}
+    times: dict[str, list[float]] = {}
+    for name, call in list(calls.items()):
+        try:
+            errors[name] = error_of(call, q, k, v, causal)
+        except RuntimeError as error:
+            print(f"  {name} cannot: {str(error).splitlines()[0]}")
+            del calls[name]
+    for call in calls.values():
+        for _ in range(3):
+            call()
+    repeats = max(1, int(3.0 / max(0.02, milliseconds(calls["fusedattn"], 3))))
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times.setdefault(name, []).append(milliseconds(call, repeats))
+    batch, heads, _, seqlen, dim = shape
+    work = 4 * batch * heads * seqlen * seqlen * dim / (2 if causal else 1)
+    result: dict[str, Any] = {
+        "shape": shape,
+        "dtype": str(dtype),
+        "causal": causal,
+        "repeats": repeats,
+    }
+    result["errors"], result["milliseconds"] = errors, times
+    result["tflops"] = {n: work / statistics.median(t) / 1e9 for n, t in times.items()}
+    return result
+
+
+def ceilings() -> dict[str, float]:
+    """Rates of a large bf16 product and a large copy on this GPU."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    source = torch.empty(2**30, device="cuda", dtype=torch.float32).normal_()
+    target = torch.empty_like(source)
+    product = statistics.median(milliseconds(lambda: a @ b, 10) for _ in range(5))
+    copy = statistics.median(milliseconds(lambda: target.copy_(source), 3) for _ in range(5))
+    return {"bf16_tflops": 2 * 8192**3 / product / 1e9, "copy_tb_s": 2 * 2**32 / copy / 1e9}
+
+
+def host_microseconds(count: int = 2000) -> dict[str, float]:
+    """Time of the host for one call of `attention` on tensors, as the GPU keeps up."""
+    q, k, v = tensors((1, 1, 1, 64, 64), torch.bfloat16)
+    out = torch.empty_like(q)
+    result = {}
+    kinds: dict[str, dict[str, Any]] = {"attention": {}, "attention(out=)": {"out": out}}
+    for name, keywords in kinds.items():
+        times = []
+        for _ in range(20):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(count // 20):
+                fusedattn.attention(q, k, v, **keywords)
+            times.append((time.perf_counter() - start) / (count // 20) * 1e6)
+        torch.cuda.synchronize()
+        result[name] = statistics.median(times)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json")
+    parser.add_argument("--rounds", type=int, default=9)
+    options = parser.parse_args()
+    found: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    found["cudnn"] = torch.backends.cudnn.version()
+    found["ceilings"], found["host"] = ceilings(), host_microseconds()
+    print(found)
+    found["results"] = []
+    for dtype, shapes, peers in (
+        (torch.bfloat16, PREFILL, PEERS),
+        (torch.float32, FLOAT32, {"efficient": SDPBackend.EFFICIENT_ATTENTION}),
+    ):
+        for shape in shapes:
+            for causal in (False, True):
+                result = measure(shape, dtype, causal, options.rounds, peers)
+                found["results"].append(result)
+                rates = {name: round(rate) for name, rate in result["tflops"].items()}
+                print(shape, dtype, "causal" if causal else "full", rates, result["errors"])
+                if options.json:
+                    with open(options.json, "w") as file:
+                        json.dump(found, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

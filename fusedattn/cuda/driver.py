@@ -1,0 +1,196 @@
+"""The driver: which GPUs there are, their memory, and starting kernels, through cuda-bindings.
+
+Everything runs in the primary context of a device, which CuPy, torch and Numba use as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import struct
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+from numpy.typing import NDArray
+
+from fusedattn.cuda.compiler import Compiled
+
+# Shared memory that a kernel gets without asking.
+STATIC_SHARED = 48 * 1024
+
+
+@functools.cache
+def api() -> Any:
+    """cuda-bindings' driver module."""
+    from cuda.bindings import driver
+
+    return driver
+
+
+def check(result: tuple[Any, ...]) -> Any:
+    """Return what a driver call returned, or raise with the driver's name for the error."""
+    error, *values = result
+    if int(error):
+        _, name = api().cuGetErrorName(error)
+        _, text = api().cuGetErrorString(error)
+        words = [part.decode() if part else "unknown" for part in (name, text)]
+        raise RuntimeError(f"CUDA: {words[0]} ({words[1]})")
+    return values[0] if values else None
+
+
+@functools.cache
+def missing() -> tuple[str, ...]:
+    """Reasons why no kernel can be started here; empty if one can."""
+    try:
+        error, *_ = api().cuInit(0)
+    except ImportError:
+        return ("the package cuda-bindings is not installed (pip install 'fusedattn[cuda]')",)
+    except RuntimeError:  # cuda-bindings raises subclasses of its own
+        return ("no NVIDIA driver is installed (libcuda could not be loaded)",)
+    if int(error):
+        _, name = api().cuGetErrorName(error)
+        return (f"the NVIDIA driver does not start ({name.decode()})",)
+    if not check(api().cuDeviceGetCount()):
+        return ("there is no NVIDIA GPU",)
+    return ()
+
+
+class Device:
+    """One GPU and its primary context."""
+
+    def __init__(self, ordinal: int) -> None:
+        driver = api()
+        check(driver.cuInit(0))
+        self.ordinal = ordinal
+        self.handle = check(driver.cuDeviceGet(ordinal))
+        attribute = driver.CUdevice_attribute
+        self.major = self._attribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)
+        self.minor = self._attribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)
+        self.multiprocessors = self._attribute(attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+        self.context = check(driver.cuDevicePrimaryCtxRetain(self.handle))
+        self._context = int(self.context)
+        self._functions: dict[Any, Function] = {}
+        self._lock = threading.Lock()
+
+    def _attribute(self, which: Any) -> int:
+        return int(check(api().cuDeviceGetAttribute(which, self.handle)))
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """Compute capability."""
+        return self.major, self.minor
+
+    @property
+    def chip(self) -> str:
+        """Name of the chip for compilers; on Hopper with the instructions of that chip alone."""
+        return f"sm_{self.major}{self.minor}" + ("a" if self.capability == (9, 0) else "")
+
+    @contextlib.contextmanager
+    def current(self) -> Iterator[None]:
+        """Make the context current on this thread, if it is not."""
+        driver = api()
+        now = driver.cuCtxGetCurrent()[1]
+        if int(now) == self._context:
+            yield
+            return
+        check(driver.cuCtxPushCurrent(self.context))
+        try:
+            yield
+        finally:
+            check(driver.cuCtxPopCurrent())
+
+    def function(self, key: Any, compiled: Any, shared: int = 0) -> Function:
+        """Return a kernel loaded on this device; ``compiled()`` is asked for it once."""
+        function = self._functions.get(key)
+        if function is None:
+            code = compiled()
+            with self._lock, self.current():
+                function = self._functions.get(key)
+                if function is None:
+                    function = self._functions[key] = Function(code, shared)
+        return function
+
+
+@functools.cache
+def device(ordinal: int) -> Device:
+    """Return a GPU by its number."""
+    return Device(ordinal)
+
+
+class Function:
+    """A kernel in the memory of a GPU. Its context has to be current."""
+
+    def __init__(self, compiled: Compiled, shared: int) -> None:
+        driver = api()
+        self._module = check(driver.cuModuleLoadData(compiled.cubin))
+        self.handle = check(driver.cuModuleGetFunction(self._module, compiled.entry.encode()))
+        self.shared = shared
+        if shared > STATIC_SHARED:
+            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            check(driver.cuFuncSetAttribute(self.handle, attribute, shared))
+
+    def launch(
+        self, grid: tuple[int, int, int], block: tuple[int, int], stream: int, words: Words
+    ) -> None:
+        """Start the kernel; its parameters are copied before this returns."""
+        error = api().cuLaunchKernel(
+            self.handle, *grid, *block, 1, self.shared, stream, words.pointers, 0
+        )
+        if int(error[0]):
+            check(error)
+
+
+class Words:
+    """Parameters of one launch: a slot of 8 bytes each, and the list of their addresses."""
+
+    def __init__(self, formats: str) -> None:
+        self._struct = struct.Struct("<" + "".join(_SLOT_FORMAT[letter] for letter in formats))
+        self._buffer = ctypes.create_string_buffer(max(1, self._struct.size))
+        base = ctypes.addressof(self._buffer)
+        self._list = (ctypes.c_void_p * len(formats))(*[base + 8 * i for i in range(len(formats))])
+        self.pointers = ctypes.addressof(self._list)
+
+    def fill(self, *values: Any) -> Words:
+        """Enter the values."""
+        self._struct.pack_into(self._buffer, 0, *values)
+        return self
+
+
+# q: an address or int64, i: int32, f: float32.
+_SLOT_FORMAT = {"q": "q", "i": "i4x", "f": "f4x"}
+
+
+class Memory:
+    """Memory on a GPU that lives as long as this object."""
+
+    def __init__(self, where: Device, size: int) -> None:
+        self.where = where
+        with where.current():
+            self.address = int(check(api().cuMemAlloc(max(1, size))))
+        # Not at the end of the interpreter: the driver may be gone, and with it the memory.
+        weakref.finalize(self, _free, where, self.address).atexit = False
+
+
+def _free(where: Device, address: int) -> None:
+    with contextlib.suppress(RuntimeError), where.current():
+        check(api().cuMemFree(address))
+
+
+def upload(where: Device, array: NDArray[Any], stream: int = 0) -> Memory:
+    """Copy a contiguous array to a GPU; it may be written again as soon as this returns."""
+    memory = Memory(where, array.nbytes)
+    if array.nbytes:
+        with where.current():
+            check(api().cuMemcpyHtoDAsync(memory.address, array.ctypes.data, array.nbytes, stream))
+            check(api().cuStreamSynchronize(stream))
+    return memory
+
+
+def download(memory: Memory, array: NDArray[Any]) -> None:
+    """Fill a contiguous array from a GPU, after all that was started on the default stream."""
+    if array.nbytes:
+        with memory.where.current():
+            check(api().cuMemcpyDtoH(array.ctypes.data, memory.address, array.nbytes))

@@ -1,0 +1,476 @@
+"""The forward kernel for Hopper: TMA, wgmma, and warpgroups with roles of their own.
+
+One block of threads owns a tile of query rows of one head. Warpgroup 0 loads tiles of keys and
+values through TMA; each of the others owns 64 rows. Scores come from shared memory into registers;
+the weights stay there, because the layout of an accumulator is that of the left operand, once
+packed. The product of the next scores is begun before that of weights and values, so the softmax
+runs while the matrix unit does (FlashAttention-3, arXiv:2407.08608). Keys are walked from the last
+to the first: what a causal mask cuts through comes first.
+
+The first tile of keys stands before the loop: were the weights written under a branch, the
+assembler would serialise the products.
+"""
+
+# "not a == b" is true of NaN with every compiler; "a != b" is not.
+# ruff: noqa: SIM201
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from fusedattn import masks
+from fusedattn.cuda import ptx
+from fusedattn.cuda.unroll import unrolled
+
+# Bytes of a row of a panel, the widest swizzle of TMA; a panel is 64 columns of a half type.
+ROW_BYTES = 128
+PANEL = 64
+WARPGROUP = 128
+# What a block may have in shared memory, 1 KiB of it to begin at a multiple of 1 KiB.
+SHARED_LIMIT = 227 * 1024
+LN_2 = math.log(2.0)
+# Logits in base 2 beyond this are subtracted before they are scaled.
+LARGE = 2.0**20
+
+
+class Config(NamedTuple):
+    """What is fixed when the kernel is compiled."""
+
+    storage: str
+    out_storage: str
+    dims: int  # of queries and keys, a multiple of 64
+    dims_v: int
+    warpgroups: int  # that compute, of 64 rows each
+    block_k: int
+    stages: int
+
+    @property
+    def block_q(self) -> int:
+        """Rows of a tile."""
+        return 64 * self.warpgroups
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return WARPGROUP * (1 + self.warpgroups)
+
+    @property
+    def q_bytes(self) -> int:
+        """Shared memory of the queries."""
+        return self.block_q * self.dims * 2
+
+    @property
+    def k_bytes(self) -> int:
+        """Shared memory of a tile of keys."""
+        return self.block_k * self.dims * 2
+
+    @property
+    def v_bytes(self) -> int:
+        """Shared memory of a tile of values."""
+        return self.block_k * self.dims_v * 2
+
+    @property
+    def shared(self) -> int:
+        """Dynamic shared memory: tiles, barriers, and room to align."""
+        return self.q_bytes + self.stages * (self.k_bytes + self.v_bytes) + 1024 + 256
+
+
+# 64-bit parameters: maps of q, k and v; out, lse (0 for none), the items; strides of out in bytes.
+PARAMETERS = ("int64",) * 8 + ("int32",) * 6 + ("float32",)
+FORMATS = "q" * 8 + "i" * 6 + "f"
+# What an item of the batch has in the table: four int32 and the offset of its out, as an int64.
+ITEM_BYTES = 24
+
+# Registers of a thread that loads, and of one that computes, by the number of those warpgroups.
+_REGISTERS = {2: (24, 240), 3: (32, 160)}
+
+
+def make(tools: Any, config: Config) -> Any:
+    """Return the kernel, a Python function for one toolchain."""
+    cuda, types = tools.cuda, tools.types
+    int32, int64, float32 = types.int32, types.int64, types.float32
+    asm = tools.asm
+    row_interval = tools.device(masks.row_interval)
+    block_interval = tools.device(masks.block_interval)
+    common_interval = tools.device(masks.common_interval)
+    NO_KEY = -math.inf
+
+    DIMS, DIMS_V, KEYS, STAGES = config.dims, config.dims_v, config.block_k, config.stages
+    BLOCK_Q, WARPGROUPS = config.block_q, config.warpgroups
+    PANELS_Q, PANELS_V = DIMS // PANEL, DIMS_V // PANEL
+    Q_PANEL, KV_PANEL = BLOCK_Q * ROW_BYTES, KEYS * ROW_BYTES
+    Q_BYTES, K_BYTES, V_BYTES = config.q_bytes, config.k_bytes, config.v_bytes
+    K_AT = Q_BYTES
+    V_AT = K_AT + STAGES * K_BYTES
+    BARRIERS = V_AT + STAGES * V_BYTES
+    Q_FULL, Q_EMPTY = BARRIERS, BARRIERS + 8
+    K_FULL, V_FULL = BARRIERS + 16, BARRIERS + 16 + 8 * STAGES
+    K_EMPTY, V_EMPTY = V_FULL + 8 * STAGES, V_FULL + 16 * STAGES
+    SCORES, OUTPUTS, WEIGHTS = KEYS // 2, DIMS_V // 2, KEYS // 4
+    K_MAJOR = ptx.descriptor_words(16, 1024)[0]
+    MN_MAJOR = ptx.descriptor_words(KV_PANEL, 1024)[0]
+    K_STEP, V_STEP = K_BYTES >> 4, V_BYTES >> 4
+    WIDE = config.out_storage == "float32"
+    OUT_BYTES = 4 if WIDE else 2
+    few, many = _REGISTERS[WARPGROUPS]
+    CONSUMERS = WARPGROUPS * WARPGROUP
+
+    shared_base, load_int, load_long = asm(ptx.SHARED_BASE), asm(ptx.LOAD_INT), asm(ptx.LOAD_LONG)
+    store_word, store_float = asm(ptx.STORE_WORD), asm(ptx.STORE_FLOAT)
+    store_floats, store_zeros = asm(ptx.STORE_FLOATS), asm(ptx.STORE_SHARED_ZEROS)
+    exp2, log2, fma, maximum = asm(ptx.EXP2), asm(ptx.LOG2), asm(ptx.FMA), asm(ptx.MAX)
+    pack = asm(ptx.PACK[config.storage])
+    pack_out = asm(ptx.PACK["bfloat16" if WIDE else config.out_storage])
+    swap_1, swap_2 = asm(ptx.SWAP_1), asm(ptx.SWAP_2)
+    barrier_init, barrier_fence = asm(ptx.BARRIER_INIT), asm(ptx.BARRIER_INIT_FENCE)
+    arrive, expect, wait = asm(ptx.BARRIER_ARRIVE), asm(ptx.BARRIER_EXPECT), asm(ptx.BARRIER_WAIT)
+    prefetch, load_tile = asm(ptx.PREFETCH_MAP), asm(ptx.LOAD_TILE)
+    proxy_fence = asm(ptx.PROXY_FENCE)
+    fewer_registers = asm(ptx.set_registers(few, more=False))
+    more_registers = asm(ptx.set_registers(many, more=True))
+    first_lane = asm(ptx.FIRST_LANE)
+    consumers_meet = asm(ptx.barrier(1, CONSUMERS))
+    begin_scores = asm(ptx.products(KEYS, config.storage, DIMS, Q_PANEL, KV_PANEL))
+    begin_outputs = asm(ptx.accumulate(DIMS_V, config.storage, KEYS))
+    scores_ready = asm(ptx.wait_for(SCORES, 1))
+    first_scores_ready = asm(ptx.wait_for(SCORES, 0))
+    outputs_ready = asm(ptx.wait_for(OUTPUTS, 0))
+
+    def kernel(
+        q_map, k_map, v_map, out, lse, items, out_head, out_row,
+        batch_size, num_heads, group_size, seqlen_q, head_dim_v, abreast, scale_log2,
+    ):  # fmt: skip
+        thread = int32(cuda.threadIdx.x)
+        shared = int32((shared_base() + int32(1023)) & int32(-1024))
+        # Products of int32 are int64 to Numba: what is cast back stays in one register.
+        heads = int32(batch_size * num_heads)
+        row_blocks = int32((seqlen_q + int32(BLOCK_Q - 1)) // int32(BLOCK_Q))
+        section_tiles = int32(row_blocks * abreast)
+        all_tiles = int32(heads * row_blocks)
+        # Tiles go from long to short: back and forth over the blocks, each has its share of work.
+        blocks = int32(cuda.gridDim.x)
+
+        if thread == 0:
+            prefetch(q_map)
+            prefetch(k_map)
+            prefetch(v_map)
+            barrier_init(int32(shared + Q_FULL), int32(1))
+            barrier_init(int32(shared + Q_EMPTY), int32(WARPGROUPS))
+            for s in unrolled(STAGES):
+                barrier_init(int32(shared + (K_FULL + 8 * s)), int32(1))
+                barrier_init(int32(shared + (V_FULL + 8 * s)), int32(1))
+                barrier_init(int32(shared + (K_EMPTY + 8 * s)), int32(WARPGROUPS))
+                barrier_init(int32(shared + (V_EMPTY + 8 * s)), int32(WARPGROUPS))
+            barrier_fence()
+        cuda.syncthreads()
+
+        if thread < 128:
+            fewer_registers()
+            if thread == 0:
+                # The first round of waits passes: nobody has used anything yet.
+                stage, phase, q_phase = int32(0), int32(1), int32(1)
+                turn, round_lo = int32(cuda.blockIdx.x), int32(0)
+                tile = turn
+                while tile < all_tiles:
+                    section = int32(tile // section_tiles)
+                    index = int32(tile - section * section_tiles)
+                    here = int32(min(abreast, heads - section * abreast))
+                    row_lo = int32((row_blocks - int32(1) - index // here) * int32(BLOCK_Q))
+                    head_index = int32(section * abreast + index % here)
+                    batch, head = int32(head_index // num_heads), int32(head_index % num_heads)
+                    head_kv = int32(head // group_size)
+                    item = items + int64(batch) * int64(ITEM_BYTES)
+                    k_from, k_to = load_int(item), load_int(item + int64(4))
+                    used_q, used_k = load_int(item + int64(8)), load_int(item + int64(12))
+                    row_hi = min(int32(row_lo + BLOCK_Q), seqlen_q)
+                    lo, hi = block_interval(row_lo, row_hi, k_from, k_to, used_q, used_k)
+                    if lo < hi:
+                        first_key = int32(int32(lo) // int32(KEYS) * int32(KEYS))
+                        key = int32((int32(hi) - int32(1)) // int32(KEYS) * int32(KEYS))
+                        wait(int32(shared + Q_EMPTY), q_phase)
+                        q_phase = int32(q_phase ^ int32(1))
+                        expect(int32(shared + Q_FULL), int32(Q_BYTES))
+                        for panel in unrolled(PANELS_Q):
+                            load_tile(
+                                int32(shared + panel * Q_PANEL), q_map, int32(shared + Q_FULL),
+                                int32(panel * PANEL), row_lo, head, batch,
+                            )  # fmt: skip
+                        while key >= first_key:
+                            full = int32(shared + K_FULL + 8 * stage)
+                            wait(int32(shared + K_EMPTY + 8 * stage), phase)
+                            expect(full, int32(K_BYTES))
+                            for panel in unrolled(PANELS_Q):
+                                load_tile(
+                                    int32(shared + (K_AT + panel * KV_PANEL) + stage * K_BYTES),
+                                    k_map, full, int32(panel * PANEL), key, head_kv, batch,
+                                )  # fmt: skip
+                            full = int32(shared + V_FULL + 8 * stage)
+                            wait(int32(shared + V_EMPTY + 8 * stage), phase)
+                            expect(full, int32(V_BYTES))
+                            for panel in unrolled(PANELS_V):
+                                load_tile(
+                                    int32(shared + (V_AT + panel * KV_PANEL) + stage * V_BYTES),
+                                    v_map, full, int32(panel * PANEL), key, head_kv, batch,
+                                )  # fmt: skip
+                            stage = int32(stage + 1)
+                            if stage == STAGES:
+                                stage, phase = int32(0), int32(phase ^ int32(1))
+                            key = int32(key - KEYS)
+                    turn = int32(blocks - int32(1) - turn)
+                    round_lo = int32(round_lo + blocks)
+                    tile = int32(round_lo + turn)
+        else:
+            more_registers()
+            scores = cuda.local.array(SCORES, float32)
+            outputs = cuda.local.array(OUTPUTS, float32)
+            weights = cuda.local.array(WEIGHTS, int32)
+            mine = int32(thread - int32(128))
+            warp = first_lane(int32(mine >> int32(5)))
+            warpgroup = int32(warp >> int32(2))
+            lane = int32(thread & int32(31))
+            leader = (mine & int32(127)) == 0
+            # The first of my rows and columns in a tile: the layout of an accumulator of wgmma.
+            my_row = int32(warp * int32(16) + (lane >> int32(2)))
+            column = int32((lane & int32(3)) * int32(2))
+            q_place = int32(((shared + warpgroup * int32(64 * ROW_BYTES)) >> int32(4)) | K_MAJOR)
+            k_places = int32(((shared + int32(K_AT)) >> int32(4)) | K_MAJOR)
+            v_places = int32(((shared + int32(V_AT)) >> int32(4)) | MN_MAJOR)
+            stage, phase, q_phase = int32(0), int32(0), int32(0)
+            turn, round_lo = int32(cuda.blockIdx.x), int32(0)
+            tile = turn
+            while tile < all_tiles:
+                # Which tile: as many heads abreast as the L2 holds, their longest tiles first.
+                section = int32(tile // section_tiles)
+                index = int32(tile - section * section_tiles)
+                here = int32(min(abreast, heads - section * abreast))
+                row_lo = int32((row_blocks - int32(1) - index // here) * int32(BLOCK_Q))
+                head_index = int32(section * abreast + index % here)
+                batch, head = int32(head_index // num_heads), int32(head_index % num_heads)
+                item = items + int64(batch) * int64(ITEM_BYTES)
+                k_from, k_to = load_int(item), load_int(item + int64(4))
+                used_q, used_k = load_int(item + int64(8)), load_int(item + int64(12))
+                row_hi = min(int32(row_lo + BLOCK_Q), seqlen_q)
+                lo, hi = block_interval(row_lo, row_hi, k_from, k_to, used_q, used_k)
+                key_lo, key_hi = int32(lo), int32(hi)
+                lo, hi = common_interval(row_lo, row_hi, k_from, k_to, used_q, used_k)
+                all_lo, all_hi = int32(lo), int32(hi)
+                row = int32(row_lo + my_row)
+                lo, hi = row_interval(row, k_from, k_to, used_q, used_k)
+                low_0, high_0 = int32(lo), int32(hi)
+                lo, hi = row_interval(int32(row + 8), k_from, k_to, used_q, used_k)
+                low_1, high_1 = int32(lo), int32(hi)
+                max_0, max_1 = float32(NO_KEY), float32(NO_KEY)
+                sum_0, sum_1 = float32(0), float32(0)
+                for i in unrolled(OUTPUTS):
+                    outputs[i] = float32(0)
+
+                if key_lo < key_hi:
+                    first_key = int32(key_lo // int32(KEYS) * int32(KEYS))
+                    key = int32((key_hi - int32(1)) // int32(KEYS) * int32(KEYS))
+                    wait(int32(shared + Q_FULL), q_phase)
+                    q_phase = int32(q_phase ^ int32(1))
+                    wait(int32(shared + K_FULL + 8 * stage), phase)
+                    begin_scores(scores, q_place, int32(k_places + stage * K_STEP))
+                    first_scores_ready(scores)
+                    if leader:
+                        arrive(int32(shared + K_EMPTY + 8 * stage))
+                    if key < all_lo or int32(key + KEYS) > all_hi:
+                        for i in unrolled(SCORES):
+                            at = int32(key + column + (i // 4 * 8 + i % 2))
+                            if i % 4 < 2:
+                                if at < low_0 or at >= high_0:
+                                    scores[i] = float32(NO_KEY)
+                            else:
+                                if at < low_1 or at >= high_1:
+                                    scores[i] = float32(NO_KEY)
+                    for i in unrolled(SCORES // 4):
+                        max_0 = maximum(max_0, maximum(scores[4 * i], scores[4 * i + 1]))
+                        max_1 = maximum(max_1, maximum(scores[4 * i + 2], scores[4 * i + 3]))
+                    max_0 = maximum(max_0, swap_1(max_0))
+                    max_1 = maximum(max_1, swap_1(max_1))
+                    max_0 = maximum(max_0, swap_2(max_0))
+                    max_1 = maximum(max_1, swap_2(max_1))
+                    shift_0, shift_1 = -max_0 * scale_log2, -max_1 * scale_log2
+                    # A row that has seen no key has nothing to shift by; -inf - -inf is NaN.
+                    if max_0 == float32(NO_KEY):
+                        shift_0 = float32(0)
+                    if max_1 == float32(NO_KEY):
+                        shift_1 = float32(0)
+                    from_0, from_1 = shift_0, shift_1
+                    if max(abs(shift_0), abs(shift_1)) > float32(LARGE):
+                        # Far from 0, a product rounded here and not there
+                        # may differ by more than the largest exponent.
+                        from_0, from_1 = float32(0), float32(0)
+                        base_0, base_1 = max_0, max_1
+                        if base_0 == float32(NO_KEY):
+                            base_0 = float32(0)
+                        if base_1 == float32(NO_KEY):
+                            base_1 = float32(0)
+                        for i in unrolled(SCORES // 4):
+                            scores[4 * i] -= base_0
+                            scores[4 * i + 1] -= base_0
+                            scores[4 * i + 2] -= base_1
+                            scores[4 * i + 3] -= base_1
+                    for i in unrolled(SCORES // 4):
+                        scores[4 * i] = exp2(fma(scores[4 * i], scale_log2, from_0))
+                        scores[4 * i + 1] = exp2(fma(scores[4 * i + 1], scale_log2, from_0))
+                        scores[4 * i + 2] = exp2(fma(scores[4 * i + 2], scale_log2, from_1))
+                        scores[4 * i + 3] = exp2(fma(scores[4 * i + 3], scale_log2, from_1))
+                        sum_0 += scores[4 * i] + scores[4 * i + 1]
+                        sum_1 += scores[4 * i + 2] + scores[4 * i + 3]
+                    for i in unrolled(WEIGHTS):
+                        weights[i] = pack(scores[2 * i], scores[2 * i + 1])
+
+                    while key > first_key:
+                        before, phase_before = stage, phase
+                        stage = int32(stage + 1)
+                        if stage == STAGES:
+                            stage, phase = int32(0), int32(phase ^ int32(1))
+                        wait(int32(shared + K_FULL + 8 * stage), phase)
+                        begin_scores(scores, q_place, int32(k_places + stage * K_STEP))
+                        wait(int32(shared + V_FULL + 8 * before), phase_before)
+                        # Values that no row of the tile sees may hold NaN; 0 * NaN is no 0.
+                        if key < key_lo or int32(key + KEYS) > key_hi:
+                            at = mine
+                            while at < int32(KEYS * PANELS_V * 8):
+                                r = int32((at >> int32(3)) % int32(KEYS) + key)
+                                if r < key_lo or r >= key_hi:
+                                    store_zeros(
+                                        int32(shared + V_AT + before * V_BYTES + at * int32(16))
+                                    )
+                                at = int32(at + CONSUMERS)
+                            proxy_fence()
+                            consumers_meet()
+                        begin_outputs(outputs, weights, int32(v_places + before * V_STEP))
+                        scores_ready(scores)
+                        if leader:
+                            arrive(int32(shared + K_EMPTY + 8 * stage))
+                        key = int32(key - KEYS)
+                        if key < all_lo or int32(key + KEYS) > all_hi:
+                            for i in unrolled(SCORES):
+                                at = int32(key + column + (i // 4 * 8 + i % 2))
+                                if i % 4 < 2:
+                                    if at < low_0 or at >= high_0:
+                                        scores[i] = float32(NO_KEY)
+                                else:
+                                    if at < low_1 or at >= high_1:
+                                        scores[i] = float32(NO_KEY)
+                        old_0, old_1 = shift_0, shift_1
+                        for i in unrolled(SCORES // 4):
+                            max_0 = maximum(max_0, maximum(scores[4 * i], scores[4 * i + 1]))
+                            max_1 = maximum(max_1, maximum(scores[4 * i + 2], scores[4 * i + 3]))
+                        max_0 = maximum(max_0, swap_1(max_0))
+                        max_1 = maximum(max_1, swap_1(max_1))
+                        max_0 = maximum(max_0, swap_2(max_0))
+                        max_1 = maximum(max_1, swap_2(max_1))
+                        shift_0, shift_1 = -max_0 * scale_log2, -max_1 * scale_log2
+                        if max_0 == float32(NO_KEY):
+                            shift_0 = float32(0)
+                        if max_1 == float32(NO_KEY):
+                            shift_1 = float32(0)
+                        from_0, from_1 = shift_0, shift_1
+                        if max(abs(shift_0), abs(shift_1)) > float32(LARGE):
+                            # Far from 0, a product rounded here and not there
+                            # may differ by more than the largest exponent.
+                            from_0, from_1 = float32(0), float32(0)
+                            base_0, base_1 = max_0, max_1
+                            if base_0 == float32(NO_KEY):
+                                base_0 = float32(0)
+                            if base_1 == float32(NO_KEY):
+                                base_1 = float32(0)
+                            for i in unrolled(SCORES // 4):
+                                scores[4 * i] -= base_0
+                                scores[4 * i + 1] -= base_0
+                                scores[4 * i + 2] -= base_1
+                                scores[4 * i + 3] -= base_1
+                        # Of a row without a key so far, sums and outputs are 0: any factor will do.
+                        rescale_0 = exp2(min(shift_0 - old_0, float32(0)))
+                        rescale_1 = exp2(min(shift_1 - old_1, float32(0)))
+                        sum_0 *= rescale_0
+                        sum_1 *= rescale_1
+                        for i in unrolled(SCORES // 4):
+                            scores[4 * i] = exp2(fma(scores[4 * i], scale_log2, from_0))
+                            scores[4 * i + 1] = exp2(fma(scores[4 * i + 1], scale_log2, from_0))
+                            scores[4 * i + 2] = exp2(fma(scores[4 * i + 2], scale_log2, from_1))
+                            scores[4 * i + 3] = exp2(fma(scores[4 * i + 3], scale_log2, from_1))
+                            sum_0 += scores[4 * i] + scores[4 * i + 1]
+                            sum_1 += scores[4 * i + 2] + scores[4 * i + 3]
+                        outputs_ready(outputs)
+                        if leader:
+                            arrive(int32(shared + V_EMPTY + 8 * before))
+                        for i in unrolled(OUTPUTS // 4):
+                            outputs[4 * i] *= rescale_0
+                            outputs[4 * i + 1] *= rescale_0
+                            outputs[4 * i + 2] *= rescale_1
+                            outputs[4 * i + 3] *= rescale_1
+                        for i in unrolled(WEIGHTS):
+                            weights[i] = pack(scores[2 * i], scores[2 * i + 1])
+
+                    if leader:
+                        arrive(int32(shared + Q_EMPTY))
+                    before = stage
+                    wait(int32(shared + V_FULL + 8 * before), phase)
+                    # Values that no row of the tile sees may hold NaN; 0 * NaN is no 0.
+                    if key < key_lo or int32(key + KEYS) > key_hi:
+                        at = mine
+                        while at < int32(KEYS * PANELS_V * 8):
+                            r = int32((at >> int32(3)) % int32(KEYS) + key)
+                            if r < key_lo or r >= key_hi:
+                                store_zeros(
+                                    int32(shared + V_AT + before * V_BYTES + at * int32(16))
+                                )
+                            at = int32(at + CONSUMERS)
+                        proxy_fence()
+                        consumers_meet()
+                    begin_outputs(outputs, weights, int32(v_places + before * V_STEP))
+                    outputs_ready(outputs)
+                    if leader:
+                        arrive(int32(shared + V_EMPTY + 8 * before))
+                    stage = int32(stage + 1)
+                    if stage == STAGES:
+                        stage, phase = int32(0), int32(phase ^ int32(1))
+                    sum_0 += swap_1(sum_0)
+                    sum_1 += swap_1(sum_1)
+                    sum_0 += swap_2(sum_0)
+                    sum_1 += swap_2(sum_1)
+
+                factor_0, factor_1 = float32(1), float32(1)
+                lse_0, lse_1 = float32(NO_KEY), float32(NO_KEY)
+                if not sum_0 == float32(0):
+                    factor_0 = float32(1) / sum_0
+                    lse_0 = fma(max_0, scale_log2, log2(sum_0)) * float32(LN_2)
+                if not sum_1 == float32(0):
+                    factor_1 = float32(1) / sum_1
+                    lse_1 = fma(max_1, scale_log2, log2(sum_1)) * float32(LN_2)
+                if lse != 0 and column == 0:
+                    place_lse = lse + (int64(head_index) * int64(seqlen_q) + int64(row)) * int64(4)
+                    if row < seqlen_q:
+                        store_float(place_lse, lse_0)
+                    if int32(row + 8) < seqlen_q:
+                        store_float(place_lse + int64(32), lse_1)
+                to = out + load_long(item + int64(16)) + int64(head) * out_head
+                to += int64(row) * out_row + int64(column) * int64(OUT_BYTES)
+                if row < seqlen_q:
+                    for i in unrolled(OUTPUTS // 4):
+                        if int32(i * 8) < head_dim_v:
+                            x, y = outputs[4 * i] * factor_0, outputs[4 * i + 1] * factor_0
+                            if WIDE:
+                                store_floats(to + int64(i * 8 * OUT_BYTES), x, y)
+                            else:
+                                store_word(to + int64(i * 8 * OUT_BYTES), pack_out(x, y))
+                to += int64(8) * out_row
+                if int32(row + 8) < seqlen_q:
+                    for i in unrolled(OUTPUTS // 4):
+                        if int32(i * 8) < head_dim_v:
+                            x, y = outputs[4 * i + 2] * factor_1, outputs[4 * i + 3] * factor_1
+                            if WIDE:
+                                store_floats(to + int64(i * 8 * OUT_BYTES), x, y)
+                            else:
+                                store_word(to + int64(i * 8 * OUT_BYTES), pack_out(x, y))
+                turn = int32(blocks - int32(1) - turn)
+                round_lo = int32(round_lo + blocks)
+                tile = int32(round_lo + turn)
+
+    return kernel

@@ -1,0 +1,133 @@
+"""Inline PTX: the only file that emits any.
+
+Instructions are data (`Op`, `Block`) that each toolchain turns into functions for kernels. Names
+and semantics are those of NVIDIA's PTX ISA, chapters "mbarrier", "cp.async.bulk.tensor" and
+"Asynchronous Warpgroup Level Matrix Multiply-Accumulate".
+"""
+
+from __future__ import annotations
+
+from fusedattn.cuda.toolchains import Block, Op
+
+# Where the shared memory of a kernel without variables of its own begins.
+SHARED_BASE = Op("mov.u32 $0, %reserved_smem_offset_end;", "r")
+
+LOAD_INT = Op("ld.global.b32 $0, [$1];", "r", "l")
+LOAD_LONG = Op("ld.global.b64 $0, [$1];", "l", "l")
+STORE_WORD = Op("st.global.b32 [$0], $1;", "", "lr")
+STORE_FLOAT = Op("st.global.f32 [$0], $1;", "", "lf")
+STORE_FLOATS = Op("st.global.v2.f32 [$0], {$1, $2};", "", "lff")
+STORE_SHARED_ZEROS = Op("st.shared.v4.b32 [$0], {0, 0, 0, 0};", "", "r")
+
+# base 2, 2 ulp, tiny results become 0
+EXP2 = Op("ex2.approx.ftz.f32 $0, $1;", "f", "f")
+LOG2 = Op("lg2.approx.f32 $0, $1;", "f", "f")
+FMA = Op("fma.rn.f32 $0, $1, $2, $3;", "f", "fff")
+MAX = Op("max.f32 $0, $1, $2;", "f", "ff")
+# The larger argument is the upper half.
+PACK = {
+    "bfloat16": Op("cvt.rn.bf16x2.f32 $0, $2, $1;", "r", "ff"),
+    "float16": Op("cvt.rn.f16x2.f32 $0, $2, $1;", "r", "ff"),
+}
+# The value of the warp's first lane, which tells the compiler that it is the same in all.
+FIRST_LANE = Op("shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;", "r", "r")
+# The value of the lane whose number differs in one bit.
+SWAP_1 = Op("shfl.sync.bfly.b32 $0, $1, 1, 0x1f, 0xffffffff;", "f", "f")
+SWAP_2 = Op("shfl.sync.bfly.b32 $0, $1, 2, 0x1f, 0xffffffff;", "f", "f")
+
+BARRIER_INIT = Op("mbarrier.init.shared::cta.b64 [$0], $1;", "", "rr")
+BARRIER_INIT_FENCE = Op("fence.mbarrier_init.release.cluster; fence.proxy.async;")
+BARRIER_ARRIVE = Op("mbarrier.arrive.shared::cta.b64 _, [$0];", "", "r")
+BARRIER_EXPECT = Op("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", "", "rr")
+BARRIER_WAIT = Op(
+    "{ .reg .pred done;\n"
+    "AGAIN: mbarrier.try_wait.parity.shared::cta.b64 done, [$0], $1;\n"
+    "@done bra.uni READY; bra.uni AGAIN;\n"
+    "READY: }",
+    "",
+    "rr",
+)
+PREFETCH_MAP = Op("prefetch.tensormap [$0];", "", "l")
+# shared memory, map, barrier, coordinates from the innermost
+LOAD_TILE = Op(
+    "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+    " [$0], [$1, {$3, $4, $5, $6}], [$2];",
+    "",
+    "rlrrrrr",
+)
+# Ordinary writes to shared memory become visible to TMA and wgmma.
+PROXY_FENCE = Op("fence.proxy.async.shared::cta;")
+
+
+def set_registers(count: int, *, more: bool) -> Op:
+    """Give registers back, or ask for more, until the warpgroup has this many a thread."""
+    return Op(f"setmaxnreg.{'inc' if more else 'dec'}.sync.aligned.u32 {count};")
+
+
+def barrier(number: int, threads: int) -> Op:
+    """Wait for some of the threads of a block."""
+    return Op(f"bar.sync {number}, {threads};")
+
+
+def _wgmma(n: int, kind: str) -> str:
+    kind = {"bfloat16": "bf16", "float16": "f16"}[kind]
+    return f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind}"
+
+
+def products(n: int, kind: str, dims: int, a_panel: int, b_panel: int) -> Block:
+    """``S[64, n] = A B^T`` over `dims` columns of shared memory, begun and committed.
+
+    A and B lie K-major in panels of 64 columns with a swizzle of 128 bytes; `a_panel` and
+    `b_panel` are the bytes of a panel. Scalars are the lower words of the descriptors of A and B.
+    """
+    arrays = (("f", n // 2, True),)
+    (sums,), (a, b) = Block.operands(arrays, "rr")
+    upper = descriptor_words(16, 1024)[1]
+    lines = ["{ .reg .pred p; .reg .b32 low; .reg .b64 a, b;", "wgmma.fence.sync.aligned;"]
+    for step in range(dims // 16):
+        panel, inside = divmod(step, 4)
+        lines += [
+            f"setp.ne.b32 p, {int(step > 0)}, 0;",
+            f"add.s32 low, {a}, {(panel * a_panel + inside * 32) >> 4};",
+            f"mov.b64 a, {{low, {upper}}};",
+            f"add.s32 low, {b}, {(panel * b_panel + inside * 32) >> 4};",
+            f"mov.b64 b, {{low, {upper}}};",
+            f"{_wgmma(n, kind)} {{{', '.join(sums)}}}, a, b, p, 1, 1, 0, 0;",
+        ]
+    lines += ["wgmma.commit_group.sync.aligned;", "}"]
+    return Block("\n".join(lines), arrays, "rr")
+
+
+def accumulate(n: int, kind: str, keys: int) -> Block:
+    """``O[64, n] += P V`` over `keys` rows of V, begun and committed.
+
+    P is held in registers, packed as the A operand; V lies in shared memory, MN-major. The scalar
+    is the lower word of the descriptor of V.
+    """
+    arrays = (("f", n // 2, True), ("r", keys // 4, False))
+    (sums, weights), (b,) = Block.operands(arrays, "r")
+    upper = descriptor_words(16, 1024)[1]
+    lines = ["{ .reg .b32 low; .reg .b64 b;", "wgmma.fence.sync.aligned;"]
+    for step in range(keys // 16):
+        a = ", ".join(weights[4 * step : 4 * step + 4])
+        lines += [
+            f"add.s32 low, {b}, {step * 16 * 128 >> 4};",
+            f"mov.b64 b, {{low, {upper}}};",
+            f"{_wgmma(n, kind)} {{{', '.join(sums)}}}, {{{a}}}, b, 1, 1, 1, 1;",
+        ]
+    lines += ["wgmma.commit_group.sync.aligned;", "}"]
+    return Block("\n".join(lines), arrays, "r")
+
+
+def wait_for(count: int, pending: int) -> Block:
+    """Wait until at most `pending` groups are under way; the accumulators are ready then."""
+    return Block(f"wgmma.wait_group.sync.aligned {pending};", (("f", count, True),))
+
+
+def descriptor_words(leading: int, stride: int) -> tuple[int, int]:
+    """Return both words of a matrix descriptor without its address; 128-byte swizzle.
+
+    `leading` and `stride` are its byte offsets; the address goes, divided by 16, into the lower 14
+    bits of the lower word.
+    """
+    return (leading >> 4) << 16, stride >> 4 | 1 << 30

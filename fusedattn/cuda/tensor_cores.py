@@ -1,0 +1,224 @@
+"""The Hopper kernel's tile shapes, the problems it takes, and its launches."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import threading
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fusedattn.cuda import compiler, driver, hopper
+from fusedattn.masks import relative_bounds
+from fusedattn.problem import AttentionProblem
+
+Array = NDArray[Any]
+
+# By head dims, rounded up: warpgroups that compute, keys of a tile, stages.
+_TILES = {
+    (64, 64): (3, 128, 2),
+    (128, 128): (2, 128, 2),
+    (192, 128): (2, 128, 2),
+    (256, 256): (2, 80, 2),
+}
+# Keys and values of so many bytes are walked at a time: they should stay in the L2.
+_L2_BYTES = 24 * 2**20
+# From so many keys on, starting a block of threads costs less than sharing tiles out ahead.
+_LONG = 2048
+# Positions stay below this: a bound past it is none.
+_FAR = 2**30
+# Maps of operands that are remembered, of 384 bytes each.
+_MAPS = 1024
+
+
+def dims_of(problem: AttentionProblem) -> tuple[int, int] | None:
+    """Head dims of the smallest kernel that holds the problem's."""
+    for dims, dims_v in _TILES:
+        if problem.head_dim <= dims and problem.head_dim_v <= dims_v:
+            return dims, dims_v
+    return None
+
+
+def config_of(problem: AttentionProblem) -> hopper.Config:
+    """Return what the kernel for a problem is compiled for."""
+    dims = dims_of(problem)
+    assert dims is not None, "looked at before"
+    return hopper.Config(problem.dtype.name, problem.out_dtype.name, *dims, *_TILES[dims])
+
+
+def kernel_of(config: hopper.Config) -> compiler.Kernel:
+    """Return the kernel to compile."""
+    return compiler.Kernel("hopper", hopper.make, config, hopper.PARAMETERS, config.threads)
+
+
+def unsupported(problem: AttentionProblem) -> list[str]:
+    """Reasons why the kernel does not take a problem, given the GPU; the portable one does."""
+    reasons = []
+    if problem.dtype.itemsize != 2:
+        reasons.append(f"{problem.dtype} is no half type")
+    options = {
+        "mask": problem.mask,
+        "bias": problem.bias,
+        "alibi_slopes": problem.alibi_slopes,
+        "softcap": problem.softcap,
+        "sinks": problem.sinks,
+        "dropout": problem.dropout_p or None,
+    }
+    reasons += [
+        f"{name} is not implemented in it" for name, value in options.items() if value is not None
+    ]
+    if not 2.0**-100 < problem.scale < 2.0**100:
+        reasons.append("scale is not positive, or far from 1")
+    if dims_of(problem) is None:
+        reasons.append("head dims beyond 256")
+    if problem.head_dim % 8 or problem.head_dim_v % 8:
+        reasons.append("head dims are no multiples of 8")
+    if problem.seqlen_k == 0:
+        reasons.append("there are no keys")
+    for name in ("q", "k", "v"):
+        if layout_of(getattr(problem, name)) is None:
+            reasons.append(f"the strides or the address of {name} do not suit TMA")
+    if problem.out is not None and (
+        problem.out.strides[-1] != problem.out.itemsize
+        or any(stride % (2 * problem.out.itemsize) for stride in problem.out.strides[:-1])
+        or address_of(problem.out) % 8
+    ):
+        reasons.append("rows of out are not dense, or not aligned")
+    return reasons
+
+
+def address_of(array: Array) -> int:
+    """Return the address of the first element."""
+    address: int = array.__array_interface__["data"][0]
+    return address
+
+
+def layout_of(array: Array) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Return sizes and strides ``(dim, row, head, batch)`` for TMA, or None if it cannot do it."""
+    *leading, heads, rows, dim = array.shape
+    *steps, head, row, last = array.strides
+    if (last != array.itemsize and dim > 1) or address_of(array) % 16:
+        return None
+    batch, size = 0, 1
+    for n, step in zip(reversed(leading), reversed(steps), strict=True):
+        if n == 1:
+            continue
+        if size > 1 and step != batch * size:
+            return None
+        batch, size = (step if size == 1 else batch), size * n
+    # The stride of an axis of length 1 is never used, but has to look well.
+    strides = []
+    for n, step in ((rows, row), (heads, head), (size, batch)):
+        step = 16 * dim if n == 1 else step
+        if step <= 0 or step % 16 or step >= 2**40:
+            return None
+        strides.append(step)
+    return (dim, rows, heads, size), tuple(strides)
+
+
+def encode(array_address: int, layout: Any, dtype: str, rows: int) -> bytes:
+    """Return the map of an operand: boxes of `rows` rows and one panel of columns."""
+    api = driver.api()
+    (sizes, strides) = layout
+    kinds = api.CUtensorMapDataType
+    integers = api.cuuint64_t, api.cuuint32_t
+    result = driver.check(
+        api.cuTensorMapEncodeTiled(
+            kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+            if dtype == "bfloat16"
+            else kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            4,
+            array_address,
+            [integers[0](n) for n in sizes],
+            [integers[0](n) for n in strides],
+            [integers[1](n) for n in (hopper.PANEL, rows, 1, 1)],
+            [integers[1](1)] * 4,
+            api.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            api.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            api.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            api.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    )
+    return ctypes.string_at(result.getPtr(), 128)
+
+
+class Prepared:
+    """A launch on one GPU, for any number of calls that differ in addresses only."""
+
+    def __init__(self, problem: AttentionProblem, where: driver.Device) -> None:
+        config = config_of(problem)
+        self.where, self._config = where, config
+        kernel = kernel_of(config)
+        self._function = where.function(
+            kernel, lambda: compiler.compiled(kernel, where.chip), config.shared
+        )
+        self._layouts = [layout_of(array) for array in (problem.q, problem.k, problem.v)]
+        self._dtype = problem.dtype.name
+        self._items = driver.upload(where, item_table(problem))
+        assert problem.out is not None
+        *_, head, row, _ = problem.out.strides
+        heads = problem.batch_size * problem.num_heads
+        head_bytes = problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * 2
+        abreast = max(1, min(heads, problem.group_size * (_L2_BYTES // max(1, head_bytes))))
+        row_blocks = -(-problem.seqlen_q // config.block_q)
+        # Equal or short tiles: a block of threads on each multiprocessor takes one after the
+        # other. Long tiles of different lengths: the hardware hands them out as it goes.
+        equal = not problem.causal and problem.window_size == (None, None)
+        equal = equal or problem.seqlen_k < _LONG
+        blocks = where.multiprocessors if equal else heads * row_blocks
+        self._grid = (min(heads * row_blocks, blocks), 1, 1)
+        self._numbers = (
+            *(self._items.address, head, row, problem.batch_size, problem.num_heads),
+            *(problem.group_size, problem.seqlen_q, problem.head_dim_v, abreast),
+            problem.scale / math.log(2.0),
+        )
+        self._maps: dict[tuple[int, int, int], driver.Memory] = {}
+        self._local = threading.local()
+
+    def run(self, addresses: dict[str, int], stream: int) -> None:
+        """Start the kernel on arrays at these addresses; its context is current."""
+        key = addresses["q"], addresses["k"], addresses["v"]
+        maps = self._maps.get(key) or self._make_maps(key)
+        words = getattr(self._local, "words", None)
+        if words is None:
+            words = self._local.words = driver.Words(hopper.FORMATS)
+        base = maps.address
+        out, lse = addresses["out"], addresses.get("lse", 0)
+        words.fill(base, base + 128, base + 256, out, lse, *self._numbers)
+        self._function.launch(self._grid, (self._config.threads, 1), stream, words)
+
+    def _make_maps(self, key: tuple[int, int, int]) -> driver.Memory:
+        rows = self._config.block_q, self._config.block_k, self._config.block_k
+        code = b"".join(
+            encode(address, layout, self._dtype, n)
+            for address, layout, n in zip(key, self._layouts, rows, strict=True)
+        )
+        maps = driver.upload(self.where, np.frombuffer(code, np.uint8))
+        while len(self._maps) >= _MAPS:
+            del self._maps[next(iter(self._maps))]
+        self._maps[key] = maps
+        return maps
+
+
+def item_table(problem: AttentionProblem) -> Array:
+    """What the kernel looks up for each item of the batch; see `hopper.ITEM_BYTES`."""
+    assert problem.out is not None
+    k_from, k_to = relative_bounds(problem.causal, problem.window_size, 0)
+    bounds = np.stack(
+        [
+            np.clip(problem.q_offset + k_from, -_FAR, _FAR),
+            np.clip(problem.q_offset + k_to, -_FAR, _FAR),
+            problem.seqused_q,
+            problem.seqused_k,
+        ],
+        axis=-1,
+    ).astype(np.int32)
+    offsets = np.zeros(1, np.int64)
+    for n, step in zip(problem.batch_shape, problem.out.strides, strict=False):
+        offsets = (offsets[:, None] + np.arange(n, dtype=np.int64) * step).ravel()
+    table = np.zeros((problem.batch_size, hopper.ITEM_BYTES), np.uint8)
+    table[:, :16] = bounds.view(np.uint8)
+    table[:, 16:] = offsets[:, None].view(np.uint8)
+    return table

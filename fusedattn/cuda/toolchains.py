@@ -1,0 +1,404 @@
+"""The three toolchains, each behind the same few methods, and inline PTX as data.
+
+Chosen by `fusedattn.cuda.compiler`; nothing else imports one.
+"""
+
+# mypy: disable-error-code="no-untyped-call"
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from types import FunctionType, SimpleNamespace
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from fusedattn.undisturbed import undisturbed
+
+MLIR, NUMBA, SIMULATOR = NAMES = ("numba-cuda-mlir", "numba-cuda", "simulator")
+
+
+class Op(NamedTuple):
+    """One instruction (or a few) of inline PTX on scalars.
+
+    ``text`` names its operands ``$0``, ``$1``, ... with the result, if any, first. ``result`` and
+    ``arguments`` hold one letter each: ``f`` float32, ``r`` int32, ``l`` int64.
+    """
+
+    text: str
+    result: str = ""
+    arguments: str = ""
+
+
+class Block(NamedTuple):
+    """Inline PTX on whole local arrays, which become registers, and on scalars after them.
+
+    ``arrays`` says ``(letter, length, written)`` of each; a written one is also read. ``text`` is
+    made by `fusedattn.cuda.ptx` with the operand numbers of `operands`.
+    """
+
+    text: str
+    arrays: tuple[tuple[str, int, bool], ...]
+    scalars: str = ""
+
+    @staticmethod
+    def operands(
+        arrays: tuple[tuple[str, int, bool], ...], scalars: str
+    ) -> tuple[list[list[str]], list[str]]:
+        """Return the names of the operands: of each array's elements, and of the scalars."""
+        names: list[list[str]] = [[] for _ in arrays]
+        count = 0
+        for index, (_, length, written) in enumerate(arrays):
+            if written:
+                names[index] = [f"${count + i}" for i in range(length)]
+                count += length
+        count *= 2  # every written element is an operand again, as an input
+        for index, (_, length, written) in enumerate(arrays):
+            if not written:
+                names[index] = [f"${count + i}" for i in range(length)]
+                count += length
+        return names, [f"${count + i}" for i in range(len(scalars))]
+
+
+class Toolchain(Protocol):
+    """What kernels may use: ``cuda``, ``types``, conversions of bits, and inline PTX."""
+
+    name: str
+    cuda: Any
+    types: Any
+
+    def device(self, function: Callable[..., Any], **uses: Any) -> Any:
+        """Make a scalar function callable from kernels; ``uses`` are such functions it calls."""
+
+    def ltoir(self, function: Any, signature: Any, chip: str, threads: int) -> bytes:
+        """Compile a kernel to LTO-IR for a chip such as ``sm_90a``."""
+
+    def conversions(self) -> dict[str, Any]:
+        """Return `float_as_int`, `int_as_float`, `half_to_float` and `float_to_half`."""
+
+    def asm(self, op: Op | Block) -> Any:
+        """Return a function for kernels that stands for inline PTX."""
+
+    def array_words(self, address: int, length: int, itemsize: int) -> tuple[int, ...]:
+        """Return the parameter words of a one-dimensional array argument."""
+
+
+# The simulator's module: while a kernel runs, Numba puts another in the place of this global.
+_simulated: Any = None
+
+
+class _Simulated:
+    """Looks up each name in the module that is in place just now."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_simulated, name)
+
+
+class Simulator:
+    """Numba's CUDA simulator: kernels are plain Python, threads are threads."""
+
+    name = SIMULATOR
+
+    def __init__(self) -> None:
+        import numba
+        from numba.core import config
+
+        before = os.environ.get("NUMBA_ENABLE_CUDASIM")
+        os.environ["NUMBA_ENABLE_CUDASIM"] = "1"  # read when numba.cuda is imported, and no later
+        config.ENABLE_CUDASIM = True  # type: ignore[attr-defined]
+        try:
+            cuda = undisturbed(importlib.import_module, "numba.cuda")
+        finally:
+            del os.environ["NUMBA_ENABLE_CUDASIM"]
+            if before is not None:
+                os.environ["NUMBA_ENABLE_CUDASIM"] = before
+        if not hasattr(cuda, "simulator"):
+            raise RuntimeError(
+                "numba.cuda was imported without its simulator; set NUMBA_ENABLE_CUDASIM=1 first"
+            )
+        global _simulated
+        _simulated = cuda
+        self.cuda, self.types = _Simulated(), numba.types
+
+    def device(self, function: Callable[..., Any], **uses: Any) -> Any:
+        """Return the function: threads call it as it is."""
+        return function
+
+    @staticmethod
+    @contextlib.contextmanager
+    def awake() -> Iterator[None]:
+        """Let threads take turns quickly: the simulator polls while it waits for its threads."""
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(5e-5)
+        try:
+            yield
+        finally:
+            sys.setswitchinterval(before)
+
+    @staticmethod
+    def quiet(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        """Let the threads of a kernel compute without floating-point warnings, as GPUs do."""
+
+        def quietly(*arguments: Any) -> None:
+            with np.errstate(all="ignore"):
+                kernel(*arguments)
+
+        return quietly
+
+    def conversions(self) -> dict[str, Any]:
+        """Conversions of NumPy scalars."""
+
+        def half_to_float(bits: Any) -> Any:
+            return np.float32(np.uint16(bits).view(np.float16))
+
+        def float_to_half(x: Any) -> Any:
+            return np.float32(x).astype(np.float16).view(np.uint16)
+
+        return {
+            "float_as_int": lambda x: int(np.float32(x).view(np.int32)),
+            "int_as_float": lambda n: np.uint32(int(n) & 0xFFFFFFFF).view(np.float32),
+            "half_to_float": half_to_float,
+            "float_to_half": float_to_half,
+        }
+
+    def asm(self, op: Op | Block) -> Any:
+        """Refuse: nothing interprets PTX here."""
+        raise NotImplementedError("the simulator runs no PTX")
+
+    def array_words(self, address: int, length: int, itemsize: int) -> tuple[int, ...]:
+        """Refuse: the simulator takes arrays themselves."""
+        raise NotImplementedError("the simulator takes NumPy arrays")
+
+
+class _Compiler:
+    """What both compilers have in common."""
+
+    name: str
+    cuda: Any
+    types: Any
+
+    def conversions(self) -> dict[str, Any]:
+        """Functions of libdevice."""
+        lib = self.cuda.libdevice
+        return {
+            "float_as_int": lib.float_as_int,
+            "int_as_float": lib.int_as_float,
+            "half_to_float": lib.half2float,
+            "float_to_half": lib.float2half_rn,
+        }
+
+    def device(self, function: Callable[..., Any], **uses: Any) -> Any:
+        """Compile as a device function."""
+        if uses:
+            function = FunctionType(function.__code__, {**function.__globals__, **uses})
+        return self.cuda.jit(function, device=True)
+
+    def _intrinsic(self, intrinsic: Any, arity: int, typing: Callable[..., Any]) -> Any:
+        """Give a typing function the fixed number of arguments that Numba asks for."""
+        names = ", ".join(("context", *(f"a{i}" for i in range(arity))))
+        space: dict[str, Any] = {"typing": typing}
+        exec(f"def op({names}):\n    return typing({names})", space)
+        return intrinsic(space["op"])
+
+    def _scalar(self, letter: str) -> Any:
+        types = self.types
+        return {"f": types.float32, "r": types.int32, "l": types.int64}[letter]
+
+    def _signature(self, op: Op | Block, arguments: tuple[Any, ...]) -> Any:
+        if isinstance(op, Op):
+            result = self._scalar(op.result) if op.result else self.types.void
+            return result(*map(self._scalar, op.arguments))
+        count = len(op.arrays)
+        return self.types.void(*arguments[:count], *map(self._scalar, op.scalars))
+
+
+def _constraints(op: Op | Block) -> str:
+    """LLVM's constraint string; other memory may be read or written by any of them."""
+    if isinstance(op, Op):
+        parts = [f"={op.result}"] if op.result else []
+        parts += op.arguments
+    else:
+        written = [letter for letter, length, out in op.arrays if out for _ in range(length)]
+        read = [letter for letter, length, out in op.arrays if not out for _ in range(length)]
+        parts = [f"={letter}" for letter in written]
+        parts += [str(i) for i in range(len(written))] + read + list(op.scalars)
+    return ",".join([*parts, "~{memory}"])
+
+
+class Mlir(_Compiler):
+    """numba-cuda-mlir."""
+
+    name = MLIR
+
+    def __init__(self) -> None:
+        cuda = undisturbed(importlib.import_module, "numba_cuda_mlir.cuda")
+        self.cuda, self.types = cuda, importlib.import_module("numba_cuda_mlir.types")
+
+    def asm(self, op: Op | Block) -> Any:
+        """Emit `llvm.inline_asm`; array elements are loaded before it and stored after it."""
+        from numba_cuda_mlir._mlir import ir
+        from numba_cuda_mlir._mlir.dialects import llvm, memref
+        from numba_cuda_mlir._mlir.extras import types as T
+        from numba_cuda_mlir.extending import intrinsic
+        from numba_cuda_mlir.lowering_utilities import convert, index_of
+
+        kind = {"f": T.f32, "r": T.i32, "l": T.i64}
+        constraints = _constraints(op)
+
+        def emit_op(builder: Any, target: Any, args: Any, kwargs: Any) -> None:
+            assert isinstance(op, Op)
+            values = zip(builder.load_vars(args), op.arguments, strict=True)
+            operands = [convert(value, kind[letter]()) for value, letter in values]
+            result = kind[op.result]() if op.result else None
+            value = llvm.inline_asm(result, operands, op.text, constraints, has_side_effects=True)
+            if op.result:
+                builder.store_var(target, value)
+
+        def emit_block(builder: Any, target: Any, args: Any, kwargs: Any) -> None:
+            assert isinstance(op, Block)
+            values = builder.load_vars(args)
+            arrays, scalars = values[: len(op.arrays)], values[len(op.arrays) :]
+            places = [
+                (array, i, letter, written)
+                for array, (letter, length, written) in zip(arrays, op.arrays, strict=True)
+                for i in range(length)
+            ]
+            out = [place for place in places if place[3]]
+            order = out + [place for place in places if not place[3]]
+            operands = [memref.load(array, [index_of(i)]) for array, i, _, _ in order]
+            pairs = zip(scalars, op.scalars, strict=True)
+            operands += [convert(value, kind[letter]()) for value, letter in pairs]
+            result = None
+            if len(out) == 1:
+                result = kind[out[0][2]]()
+            elif out:
+                result = llvm.StructType.get_literal([kind[letter]() for _, _, letter, _ in out])
+            value = llvm.inline_asm(result, operands, op.text, constraints, has_side_effects=True)
+            for position, (array, i, letter, _) in enumerate(out):
+                element = value
+                if len(out) > 1:
+                    index = ir.DenseI64ArrayAttr.get([position])
+                    element = llvm.extractvalue(kind[letter](), value, index)
+                memref.store(element, array, [index_of(i)])
+
+        emit = emit_op if isinstance(op, Op) else emit_block
+        arity = len(op.arguments) if isinstance(op, Op) else len(op.arrays) + len(op.scalars)
+        return self._intrinsic(
+            intrinsic, arity, lambda context, *args: (self._signature(op, args), emit)
+        )
+
+    def array_words(self, address: int, length: int, itemsize: int) -> tuple[int, ...]:
+        """A memref: where it was allocated, where it begins, offset, length, stride."""
+        return address, address, 0, length, 1
+
+    def ltoir(self, function: Any, signature: Any, chip: str, threads: int) -> bytes:
+        """Compile to LTO-IR; the chip has to be named, and lto asked for, or code is slow."""
+        from numba_cuda_mlir import tools
+        from numba_cuda_mlir.extending import refresh_registries
+
+        refresh_registries()  # or instructions made since the last compilation are not known
+        if tools._cached_cc is None:  # asks for the GPU otherwise, which may not be there
+            digits = chip.removeprefix("sm_").rstrip("a")
+            tools._cached_cc = int(digits[:-1]), int(digits[-1])
+        options = {"chip": chip, "lto": True, "opt_level": 3, "launch_bounds": (threads, 1)}
+        dispatcher = self.cuda.jit(function, **options)
+        code: bytes = dispatcher.compile(signature, output="ltoir").metadata["ltoir"]
+        return code
+
+
+class NumbaCuda(_Compiler):
+    """numba-cuda."""
+
+    name = NUMBA
+
+    def __init__(self) -> None:
+        import numba
+
+        # It looks this up while it is imported; NumPy 2.5 has no such name.
+        name = "row_stack"
+        missing = not hasattr(np, name)
+        if missing:
+            setattr(np, name, np.vstack)
+        try:
+            self.cuda = undisturbed(importlib.import_module, "numba.cuda")
+        finally:
+            if missing:
+                delattr(np, name)
+        self.types = numba.types
+        importlib.import_module("numba.cuda.libdevice")
+
+    def asm(self, op: Op | Block) -> Any:
+        """Emit LLVM's inline asm; array elements are loaded before it and stored after it."""
+        from llvmlite import ir
+        from numba.cuda.extending import intrinsic
+
+        kind = {"f": ir.FloatType(), "r": ir.IntType(32), "l": ir.IntType(64)}
+        constraints = _constraints(op)
+
+        def emit_op(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            assert isinstance(op, Op)
+            result = kind[op.result] if op.result else ir.VoidType()
+            function = ir.FunctionType(result, [kind[letter] for letter in op.arguments])
+            value = builder.asm(function, op.text, constraints, args, True)
+            return value if op.result else context.get_dummy_value()
+
+        def emit_block(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            assert isinstance(op, Block)
+            read: list[tuple[Any, str]] = []
+            out: list[tuple[Any, str]] = []
+            described = zip(args, signature.args, op.arrays, strict=False)
+            for value, array_type, (letter, length, written) in described:
+                data = context.make_array(array_type)(context, builder, value).data
+                places = [builder.gep(data, [ir.IntType(32)(i)]) for i in range(length)]
+                (out if written else read).extend((place, letter) for place in places)
+            operands = [builder.load(place) for place, _ in out + read]
+            operands += args[len(op.arrays) :]
+            result = ir.VoidType()
+            if out:
+                members = [kind[letter] for _, letter in out]
+                result = members[0] if len(out) == 1 else ir.LiteralStructType(members)
+            function = ir.FunctionType(result, [operand.type for operand in operands])
+            value = builder.asm(function, op.text, constraints, operands, True)
+            for index, (place, _) in enumerate(out):
+                builder.store(builder.extract_value(value, index) if len(out) > 1 else value, place)
+            return context.get_dummy_value()
+
+        emit = emit_op if isinstance(op, Op) else emit_block
+        arity = len(op.arguments) if isinstance(op, Op) else len(op.arrays) + len(op.scalars)
+        return self._intrinsic(
+            intrinsic, arity, lambda context, *args: (self._signature(op, args), emit)
+        )
+
+    def array_words(self, address: int, length: int, itemsize: int) -> tuple[int, ...]:
+        """Numba's array: two owners, length, item size, address, shape, stride."""
+        return 0, 0, length, itemsize, address, length, itemsize
+
+    def ltoir(self, function: Any, signature: Any, chip: str, threads: int) -> bytes:
+        """Compile to LTO-IR."""
+        from numba.cuda import compiler
+
+        dispatcher: Any = importlib.import_module("numba.cuda.dispatcher")
+
+        digits = chip.removeprefix("sm_").rstrip("a")
+        capability = int(digits[:-1]), int(digits[-1])
+        # Device functions are compiled for the GPU at hand, which may be another one, or none.
+        ask = dispatcher.get_current_device
+        dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
+        try:
+            code, _ = compiler.compile(
+                function,
+                signature,
+                device=False,
+                abi="numba",
+                cc=capability,
+                opt=True,
+                output="ltoir",
+                launch_bounds=(threads, 1),
+            )
+        finally:
+            dispatcher.get_current_device = ask
+        return bytes(code)

@@ -1,0 +1,244 @@
+"""Which CUDA compiler is chosen, what is said where there is none, and how code is kept."""
+
+import importlib.util
+import types
+
+import numpy as np
+import pytest
+
+import fusedattn
+from fusedattn import arrays, dispatch, kernel_files, make_block_mask
+from fusedattn.cuda import compiler, driver
+from fusedattn.cuda.params import compact, span_of
+from fusedattn.cuda.unroll import unroll
+
+Q = np.zeros((1, 2, 8, 8), np.float32)
+SEEN = arrays.View(Q, 0, None)
+
+
+class OnGpu:
+    """Stands for an array on a GPU that nobody may look into."""
+
+    def __dlpack_device__(self):
+        return 2, 0
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Pretend that exactly these packages are installed."""
+
+    def pretend(*names):
+        monkeypatch.delenv(compiler.VARIABLE, raising=False)
+        monkeypatch.delenv("NUMBA_ENABLE_CUDASIM", raising=False)
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name: object() if name in names else None
+        )
+
+    return pretend
+
+
+def test_the_maintained_compiler_comes_first(installed):
+    installed("numba_cuda_mlir", "numba_cuda", "cuda", "cuda.bindings")
+    assert compiler.missing() == []
+    assert compiler.chosen_name() == "numba-cuda-mlir"
+
+
+def test_the_other_compiler_is_the_fallback(installed):
+    installed("numba_cuda", "cuda", "cuda.bindings")
+    assert compiler.missing() == []
+    assert compiler.chosen_name() == "numba-cuda"
+
+
+def test_the_variable_overrides_the_choice(installed, monkeypatch):
+    installed("numba_cuda_mlir", "numba_cuda", "cuda", "cuda.bindings")
+    monkeypatch.setenv(compiler.VARIABLE, "numba-cuda")
+    assert (compiler.missing(), compiler.chosen_name()) == ([], "numba-cuda")
+    monkeypatch.setenv(compiler.VARIABLE, "nvcc")
+    with_typo = "FUSEDATTN_CUDA_COMPILER must be one of numba-cuda-mlir, numba-cuda, simulator"
+    assert compiler.missing() == [f"{with_typo}, but is 'nvcc'"]
+
+
+def test_numbas_own_variable_chooses_the_simulator(installed, monkeypatch):
+    installed("numba_cuda_mlir", "cuda", "cuda.bindings", "numba")
+    monkeypatch.setenv("NUMBA_ENABLE_CUDASIM", "1")
+    assert (compiler.missing(), compiler.chosen_name()) == ([], "simulator")
+
+
+@pytest.mark.parametrize(
+    ("packages", "reason"),
+    [
+        ((), "no CUDA compiler is installed (pip install 'fusedattn[cuda]')"),
+        (
+            ("numba_cuda_mlir",),
+            "the package cuda-bindings is not installed (pip install 'fusedattn[cuda]')",
+        ),
+    ],
+)
+def test_explain_says_what_is_missing(installed, packages, reason):
+    installed(*packages)
+    answer = fusedattn.explain(Q, Q, Q, backend="cuda")
+    assert answer.backend is None
+    assert answer.reasons["cuda"] == [reason]
+    with pytest.raises(NotImplementedError, match=r"backend 'cuda' not able"):
+        fusedattn.attention(Q, Q, Q, backend="cuda")
+
+
+def test_explain_says_that_there_is_no_driver_or_no_gpu(installed, monkeypatch):
+    installed("numba_cuda_mlir", "cuda", "cuda.bindings")
+
+    def no_library(flags):
+        raise RuntimeError("libcuda.so.1 not found")
+
+    def driver_that(initialises, count=0):
+        return types.SimpleNamespace(
+            cuInit=initialises,
+            cuDeviceGetCount=lambda: (0, count),
+            cuGetErrorName=lambda error: (0, b"CUDA_ERROR_NO_DEVICE"),
+        )
+
+    for fake, reason in (
+        (driver_that(no_library), "no NVIDIA driver is installed (libcuda could not be loaded)"),
+        (driver_that(lambda f: (100,)), "the NVIDIA driver does not start (CUDA_ERROR_NO_DEVICE)"),
+        (driver_that(lambda f: (0,)), "there is no NVIDIA GPU"),
+    ):
+        monkeypatch.setattr(driver, "api", lambda fake=fake: fake)
+        driver.missing.cache_clear()
+        assert fusedattn.explain(Q, Q, Q).reasons["cuda"] == [reason]
+    driver.missing.cache_clear()
+
+
+def test_the_name_of_kept_code_depends_on_all_that_the_code_does(monkeypatch, tmp_path):
+    monkeypatch.setenv("FUSEDATTN_CACHE_DIR", str(tmp_path))
+    kernel = compiler.Kernel("simt", None, ("config",), ("[float32]",), 128)
+    variants = [
+        (kernel, "sm_80", "numba-cuda"),
+        (kernel, "sm_90a", "numba-cuda"),
+        (kernel, "sm_80", "numba-cuda-mlir"),
+        (kernel._replace(config=("other",)), "sm_80", "numba-cuda"),
+        (kernel._replace(threads=256), "sm_80", "numba-cuda"),
+    ]
+    paths = {compiler.cubin_path(*variant) for variant in variants}
+    monkeypatch.setattr(compiler, "_source_digest", lambda: b"another source")
+    paths.add(compiler.cubin_path(*variants[0]))
+    monkeypatch.setattr(compiler, "_versions", lambda name: {"numba": "another"})
+    paths.add(compiler.cubin_path(*variants[0]))
+    assert len(paths) == len(variants) + 2
+    assert {path.parent for path in paths} == {tmp_path}
+
+
+def test_damaged_code_is_compiled_again(monkeypatch, tmp_path):
+    monkeypatch.setenv("FUSEDATTN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compiler, "chosen_name", lambda: "numba-cuda")
+    monkeypatch.setattr(compiler, "entry_of", lambda cubin: "entry")
+    made = []
+
+    def build(kernel, chip):
+        made.append(chip)
+        return compiler.Compiled(b"machine code", "entry", "")
+
+    monkeypatch.setattr(compiler, "build", build)
+    kernel = compiler.Kernel("simt", None, (), (), 128)
+    for _ in range(2):
+        assert compiler.compiled(kernel, "sm_80").cubin == b"machine code"
+    assert made == ["sm_80"]
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-1])
+    assert compiler.compiled(kernel, "sm_80").cubin == b"machine code"
+    assert made == ["sm_80", "sm_80"]
+    assert kernel_files.read(path) == b"machine code"
+
+
+def example(out, n):
+    for i in unrolled(3):  # noqa: F821
+        if even:  # noqa: F821
+            out[2 * i] = i
+        else:
+            out[n] = -1
+
+
+def test_loops_over_registers_are_written_out():
+    from functools import partial
+
+    space = {"even": True, "__builtins__": __builtins__}
+    function = types.FunctionType(example.__code__, space, "example")
+    function.__module__ = __name__
+    made = unroll(function, partial(int))
+    assert made.__code__.co_names == () or "unrolled" not in made.__code__.co_names
+    out = {}
+    made(out, 9)
+    assert out == {0: 0, 2: 1, 4: 2}
+
+
+@pytest.mark.parametrize("step", [1, -1, 2])
+def test_a_span_finds_every_element(step):
+    base = np.arange(3 * 4 * 10, dtype=np.float32).reshape(3, 4, 10)
+    array = base[:, ::step, ::-step]
+    span = span_of(array)
+    low = array.__array_interface__["data"][0] + span.low
+    flat = np.asarray(arrays._Where(low, (span.length,), (4,), np.dtype(np.float32)))
+    for index in np.ndindex(array.shape):
+        place = span.offset + sum(i * s for i, s in zip(index, span.strides, strict=True))
+        assert flat[place] == array[index]
+
+
+def test_a_copy_holds_broadcast_axes_once():
+    array = np.broadcast_to(np.arange(5.0)[:, None], (3, 5, 7))
+    copy = compact(array)
+    assert copy.strides == (0, 8, 0)
+    np.testing.assert_array_equal(copy, array)
+
+
+def test_an_array_in_host_memory_is_not_taken_for_one_on_a_gpu():
+    assert not arrays.on_gpu(Q)
+    assert not arrays.on_gpu([1.0])
+    on_cpu = types.SimpleNamespace(__dlpack_device__=lambda: (1, 0))
+    assert not arrays.on_gpu(on_cpu)
+    on_gpu = types.SimpleNamespace(__dlpack_device__=lambda: (2, 0))
+    assert arrays.on_gpu(on_gpu)
+
+
+@pytest.fixture
+def functions():
+    """A score_mod and a block mask for Q."""
+    return {
+        "score_mod": lambda score, batch, head, q_idx, k_idx: score + 1,
+        "block_mask": make_block_mask(lambda batch, head, q_idx, k_idx: q_idx >= k_idx, 1, 1, 8, 8),
+    }
+
+
+@pytest.mark.parametrize("name", ["score_mod", "block_mask"])
+def test_functions_of_the_users_are_named_as_reasons(functions, monkeypatch, name):
+    monkeypatch.setenv(compiler.VARIABLE, "simulator")
+    options = {name: functions[name]}
+    assert fusedattn.explain(Q, Q, Q, **options).reasons["cuda"] == [f"no {name} on a GPU yet"]
+    assert fusedattn.explain(Q, Q, Q).reasons["cuda"] == []
+    with pytest.raises(NotImplementedError, match=f"cuda: no {name} on a GPU yet"):
+        fusedattn.attention(Q, Q, Q, backend="cuda", **options)
+    with pytest.raises(NotImplementedError, match=f"no {name} on a GPU yet"):
+        fusedattn.attention(OnGpu(), OnGpu(), OnGpu(), **options)
+
+
+def test_gradients_are_refused_with_a_reason(monkeypatch):
+    monkeypatch.setenv(compiler.VARIABLE, "simulator")
+    out, lse = fusedattn.attention(Q, Q, Q, return_lse=True)
+    with pytest.raises(NotImplementedError, match="cuda: no gradients on a GPU yet"):
+        fusedattn.attention_backward(Q, Q, Q, Q, out, lse, backend="cuda")
+
+
+def test_plan_says_that_it_takes_no_arrays_on_a_gpu():
+    with pytest.raises(TypeError, match="plan takes arrays in host memory, but q lies on a GPU"):
+        fusedattn.plan(OnGpu(), OnGpu(), OnGpu())
+
+
+def test_a_stream_reaches_calls_on_a_gpu(monkeypatch):
+    seen, ordinals = [], []
+    backend = types.SimpleNamespace(
+        unsuitable=lambda problem: [], prepare_on=lambda problem, ordinal: ordinals.append(ordinal)
+    )
+    monkeypatch.setattr(arrays, "view", lambda name, array, stream: seen.append(stream) or SEEN)
+    monkeypatch.setattr(dispatch, "choose", lambda problem, name: backend)
+    monkeypatch.setattr(arrays, "_known", {})
+    monkeypatch.setattr(arrays, "_launch", lambda call, known, addresses, stream: stream)
+    for stream in (7, 8):  # the second call finds the launch of the first
+        assert fusedattn.attention(OnGpu(), OnGpu(), OnGpu(), stream=stream) == stream
+    assert (seen, ordinals) == ([7] * 3 + [8] * 3, [0])

@@ -1,0 +1,135 @@
+"""On an NVIDIA GPU: the laws of the kit for each kernel, and arrays in kind. ``pytest -m gpu``."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from cpu_backend import assert_same_bits, normal
+from hypothesis import settings
+
+import fusedattn
+from fusedattn.cuda import backend, compiler, driver
+from fusedattn.testing import EVERYTHING
+from fusedattn.testing.suite import make_suite
+
+MISSING = compiler.missing() or list(driver.missing())
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(bool(MISSING), reason="; ".join(MISSING)),
+    # What the compilers' own modules say when they are imported.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+EXAMPLES = settings().max_examples // 7
+PORTABLE = EVERYTHING - {"full_range", "score_mod", "score_mod_aux", "block_mask"}
+FEATURES = {"mask", "bias", "alibi_slopes", "softcap", "sinks", "dropout_p", "seed"}
+# The matrix unit multiplies 0 by a NaN that another row sees, and takes weights in a half type.
+HOPPER = (PORTABLE - FEATURES - {"hidden_nan"}) | {"half_weights"}
+
+
+def on_gpu(q, k, v, **keywords):
+    """`attention` on arrays in host memory, copied there and back."""
+    return fusedattn.attention(q, k, v, backend="cuda", **keywords)
+
+
+def reasons(problem):
+    """Why a problem does not take the Hopper kernel once it is copied to the GPU."""
+    held = {name: np.ascontiguousarray(getattr(problem, name)) for name in ("q", "k", "v")}
+    return backend.not_tensor_cores(replace(problem, **held, out=None), driver.device(0))
+
+
+def portable_domain(problem):
+    return None if reasons(problem) else "takes the Hopper kernel"
+
+
+def hopper_domain(problem):
+    return "; ".join(reasons(problem)) or None
+
+
+TestPortable = make_suite(
+    on_gpu,
+    supports=PORTABLE,
+    dtypes=("float32", "float16", "bfloat16", "float64"),
+    bitwise=True,
+    domain=portable_domain,
+    max_examples=EXAMPLES,
+)
+
+TestHopper = make_suite(
+    on_gpu,
+    supports=HOPPER,
+    dtypes=("bfloat16", "float16"),
+    bitwise=True,
+    domain=hopper_domain,
+    max_examples=EXAMPLES,
+)
+
+
+@pytest.fixture(params=["torch", "cupy"])
+def library(request):
+    """How to bring an array to the GPU and back, with one library."""
+    module = pytest.importorskip(request.param)
+    if request.param == "torch":
+        return (
+            module.Tensor,
+            lambda array: module.from_numpy(array).cuda(),
+            lambda x: x.cpu().numpy(),
+        )
+    return module.ndarray, module.asarray, module.asnumpy
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_arrays_on_the_gpu_come_back_in_kind_with_the_same_bits(library, layout, dtype):
+    kind, there, back = library
+    q, k, v = (normal(seed, 2, 4, 100, 64, dtype=dtype) for seed in range(3))
+    expected = on_gpu(q, k, v, causal=True, return_lse=True)
+    if layout == "bshd":
+        q, k, v = (np.ascontiguousarray(x.swapaxes(1, 2)) for x in (q, k, v))
+    options = {"causal": True, "return_lse": True, "layout": layout}
+    for _ in range(2):  # the second call finds the first one prepared
+        out, lse = fusedattn.attention(there(q), there(k), there(v), **options)
+        assert isinstance(out, kind)
+        got = back(out).swapaxes(1, 2) if layout == "bshd" else back(out)
+        assert_same_bits((got, back(lse)), expected)
+    given = there(np.zeros_like(q))
+    assert fusedattn.attention(there(q), there(k), there(v), out=given, **options)[0] is given
+    assert_same_bits(back(given), back(out))
+
+
+def test_other_backends_refuse_arrays_on_the_gpu(library):
+    _, there, _ = library
+    q = there(normal(0, 1, 8, 16))
+    with pytest.raises(NotImplementedError, match="'cpu' takes arrays in host memory"):
+        fusedattn.attention(q, q, q, backend="cpu")
+
+
+def test_streams_of_torch_keep_their_order():
+    torch = pytest.importorskip("torch")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        q = torch.randn(1, 8, 2048, 64, device="cuda", dtype=torch.float16)
+        for _ in range(20):  # what is still under way when attention is called
+            q = (q @ torch.eye(64, device="cuda", dtype=torch.float16)).contiguous()
+        out = fusedattn.attention(q, q, q)
+        after = out * 1
+    stream.synchronize()
+    assert torch.equal(after, fusedattn.attention(q, q, q))
+
+
+def test_large_logits_do_not_overflow_in_their_products():
+    q = normal(0, 1, 2, 70, 64, dtype=np.float16) * np.float16(2000)
+    out, lse = on_gpu(q, q, q, return_lse=True)
+    expected = fusedattn.attention(q, q, q, backend="reference", return_lse=True)
+    np.testing.assert_allclose(out, expected[0], rtol=1e-2)
+    np.testing.assert_allclose(lse, expected[1], rtol=1e-5)
+
+
+def test_explain_names_the_kernel():
+    q = np.zeros((1, 8, 2048, 64), np.float16)
+    text = str(fusedattn.explain(q, q, q, backend="cuda"))
+    hopper = driver.device(0).capability == (9, 0)
+    assert ("Hopper kernel, sm_90a" if hopper else "portable kernel") in text
+    assert "softcap is not implemented" in str(
+        fusedattn.explain(q, q, q, softcap=1.0, backend="cuda")
+    )

@@ -1,0 +1,44 @@
+"""The portable CUDA kernel keeps the laws, in Numba's simulator; no GPU needed."""
+
+import pytest
+from hypothesis import settings
+
+import fusedattn
+from fusedattn.testing import EVERYTHING
+from fusedattn.testing.suite import make_suite
+
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+# V up to the largest number would need the rescue of rows that the CPU has, and functions of the
+# user's a way into the kernels; the rest is promised.
+PROMISES = EVERYTHING - {"full_range", "score_mod", "score_mod_aux", "block_mask"}
+# The simulator takes a thousand times as long as a CPU.
+EXAMPLES = max(1, settings().max_examples // 60)
+
+
+def simulated(q, k, v, **keywords):
+    """`attention` in the simulator."""
+    return fusedattn.attention(q, k, v, backend="cuda", **keywords)
+
+
+def small(problem):
+    """Shapes of a few tiles."""
+    rows = problem.batch_size * problem.num_heads * problem.seqlen_q
+    keys = problem.batch_size * problem.num_heads * problem.seqlen_k
+    if max(rows, keys) > 72 or max(problem.head_dim, problem.head_dim_v) > 33:
+        return "takes too long in the simulator"
+    return None
+
+
+@pytest.fixture(autouse=True)
+def _simulator(monkeypatch):
+    monkeypatch.setenv("FUSEDATTN_CUDA_COMPILER", "simulator")
+
+
+TestSimulator = make_suite(
+    simulated,
+    supports=PROMISES,
+    dtypes=DTYPES,
+    bitwise=True,
+    domain=small,
+    max_examples=EXAMPLES,
+)
