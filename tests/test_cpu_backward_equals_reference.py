@@ -120,6 +120,7 @@ LONG = {
 }
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("options", LONG.values(), ids=LONG)
 def test_long_sequences_equal_the_reference(options):
     q, k, v = normal(0, 2, 2, 150, 64), normal(1, 2, 1, 250, 64), normal(2, 2, 1, 250, 64)

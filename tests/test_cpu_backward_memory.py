@@ -51,6 +51,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("option", ["full", "mask", "bias", "dropout", "half", "rescue"])
 def test_peak_memory_grows_with_the_length(option):
     length = {"full": 8000, "rescue": 2000}.get(option, 4000)

@@ -82,6 +82,7 @@ LONG = {
 }
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("options", LONG.values(), ids=LONG)
 def test_long_sequences_equal_the_reference(options):
     q, k, v = normal(0, 2, 2, 450, 64), normal(1, 2, 1, 650, 64), normal(2, 2, 1, 650, 64)

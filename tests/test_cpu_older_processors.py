@@ -36,6 +36,7 @@ print(host_isa().name)
 """
 
 
+@pytest.mark.deep
 def test_a_processor_of_the_oldest_kind(tmp_path):
     """No FMA, no conversion of float16: LLVM calls functions, which must be there."""
     environment = {"NUMBA_CPU_NAME": "generic", "FUSEDATTN_CACHE_DIR": tmp_path}

@@ -11,8 +11,8 @@ from cpu_backend import assert_same_bits, normal, python
 
 import fusedattn
 from fusedattn import attention
-from fusedattn.cpu import cache
 from fusedattn.functions import fingerprint
+from fusedattn.kernel_files import cache_dir
 
 BACKENDS = ("reference", "blocked", "cpu")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -206,7 +206,7 @@ print(len(list(__import__("pathlib").Path(sys.argv[3]).glob("score_mod-*"))))
 
 def test_code_is_kept_on_disk_under_everything_that_it_depends_on(tmp_path):
     attention(*operands())  # the kernels themselves need not be compiled again
-    for path in cache.cache_dir().glob("[!s]*.bin"):
+    for path in cache_dir().glob("[!s]*.bin"):
         shutil.copy(path, tmp_path)
     folder = {"FUSEDATTN_CACHE_DIR": tmp_path}
     assert python(CACHED, 0.5, "new", tmp_path, **folder) == "1\n"
