@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from cpu_backend import ISAS, assert_same_bits, attention_on, normal
+from cpu_backend import ISAS, assert_same_bits, attention_on, each_isa, normal
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -247,3 +247,15 @@ def test_mistakes_in_using_a_mask():
     with pytest.raises(TypeError, match="unsupported operand"):
         one & np.ones((8, 8), bool)
     assert isinstance(one | one, BlockMask)
+
+
+@each_isa
+@pytest.mark.parametrize("block", [(1, 7), (2, 7), (16, 16)])
+def test_few_rows_of_many_heads_share_a_panel_whatever_the_blocks(isa, block):
+    def every(batch, head, q_idx, k_idx):
+        return q_idx >= 0
+
+    q, k, v = normal(0, 1, 8, 2, 64), normal(1, 1, 1, 300, 64), normal(2, 1, 1, 300, 64)
+    mask = make_block_mask(every, None, None, 2, 300, block=block)
+    fn = attention_on(isa)
+    assert_same_bits(fn(q, k, v, block_mask=mask), fn(q, k, v))

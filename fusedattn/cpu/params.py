@@ -415,7 +415,9 @@ def heads_per_item(problem: AttentionProblem) -> int:
 def tile_of(problem: AttentionProblem) -> Tile:
     """Return the tile shape that serves a problem."""
     rows = heads_per_item(problem) * problem.seqlen_q
-    block_rows = None if problem.block_mask is None else problem.block_mask.block[0]
+    block_rows = None
+    if problem.block_mask is not None and not takes_few_rows(problem):
+        block_rows = problem.block_mask.block[0]  # the rows of an item of few share one panel
     storage, out_storage = STORAGE_NAME[problem.dtype], STORAGE_NAME[problem.out_dtype]
     # A user's functions are asked about the keys that a block mask keeps and about no others, so
     # tiles cannot begin where the matrix unit wants them to.
