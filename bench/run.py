@@ -55,7 +55,7 @@ def main(
     """Time attention beside other libraries, and say what part of the machine it uses.
 
     Without --case and --quick it also measures start-up, memory and growth, and sets the whole
-    beside the goals. That takes a quarter of an hour on a quiet machine of two cores.
+    beside the goals. Have a quiet machine, and time.
     """
     whole = not (case or quick)
     chosen = select(all_cases(), case or (QUICK if quick else ()))
