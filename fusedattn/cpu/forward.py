@@ -433,32 +433,29 @@ def attend(params, w, batch, kv_head, count, panels, alone, chunk):
     return True
 
 
-@kernel("iiiiiii>b")
-def attend_all(params, w, batch, kv_head, count, panels, alone):
-    """Attend to one chunk of keys after the other. False if told to stop."""
+@kernel("iiiiiiiii>b")
+def attend_chunks(params, w, batch, kv_head, count, panels, alone, begin, end):
+    """Attend to some chunks of keys one after the other. False if told to stop."""
     p = params_at(params)
-    chunks = p.chunks
-    for chunk in range(chunks):
+    for chunk in range(begin, end):
         if not attend(params, w, batch, kv_head, count, panels, alone, chunk):
             return False
-        if chunk > 0:
+        if chunk > begin:
             fold(params, w, count, w + p.at_partial)
-        if chunk < chunks - 1:
+        if chunk < end - 1:
             save(params, w, count, w + p.at_partial)
     return True
 
 
-@kernel("iiiiiii>b")
-def attend_apart(params, w, item, batch, kv_head, count, chunk):
-    """Attend to one chunk and lay its state down; True for who comes last, who folds them all.
+@kernel("iiiii>b")
+def lay_down(params, w, item, count, chunk):
+    """Lay the state of one chunk down; True for who comes last, who folds them all.
 
-    In the order of the chunks, as in `attend_all`: the same bits.
+    In the order of the chunks, as `attend_chunks` does: the same bits.
     """
     p = params_at(params)
     chunks, size = p.chunks, p.partial_bytes
     states = p.states + 8 * p.items + item * chunks * size
-    if not attend(params, w, batch, kv_head, count, 1, 0, chunk):
-        return False
     save(params, w, count, states + chunk * size)
     if add_atomic(p.states + 8 * item, 1) < chunks - 1:
         return False
@@ -530,16 +527,21 @@ def finish(params, w, batch, count, panels):
     return bad
 
 
-@kernel("ii>i")
-def take_items(params, scratch):
-    """Take items until none are left; see `worker`."""
+def worker(params, scratch):
+    """Take items until none are left.
+
+    Returns 0, or `NEEDS_RESCUE` if a row needs the rescue, which is not compiled yet.
+    """
     p = params_at(params)
-    counter, parts = params + COUNTER, p.chunks if p.states else 1
+    if p.matrix:
+        configure(p.run_configure)
+    counter, chunks, apart = params + COUNTER, p.chunks, p.states != 0
+    parts = chunks if apart else 1
     row_blocks, groups, lanes = p.row_blocks, p.head_groups, p.lanes
     heads, seqlen_q = p.heads_per_item, p.seqlen_q
     block, work = p.panels * lanes, p.items * parts
-    place = add_atomic(counter, 1)
-    while place < work:
+    place, status = add_atomic(counter, 1), 0
+    while place < work and status == 0:
         item, part = place // parts, place % parts
         # Late rows see the most keys under a causal mask: the heavy items go first.
         row = (row_blocks - 1 - item % row_blocks) * block
@@ -549,30 +551,18 @@ def take_items(params, scratch):
         panels = (count + lanes - 1) // lanes
         fill_lanes(params, scratch, batch, head + row // seqlen_q, row % seqlen_q, count, panels)
         kv_head = head // p.group_size
-        if p.states:
-            done = attend_apart(params, scratch, item, batch, kv_head, count, part)
-        else:
-            done = attend_all(params, scratch, batch, kv_head, count, panels, 0)
+        end = part + 1 if apart else chunks
+        done = attend_chunks(params, scratch, batch, kv_head, count, panels, 0, part, end)
+        if done and apart:
+            done = lay_down(params, scratch, item, count, part)
         bad = finish(params, scratch, batch, count, panels) if done else 0
         if bad and not p.run_rescue:
-            return NEEDS_RESCUE
+            status, bad = NEEDS_RESCUE, 0
         for i in range(bad):
             entry = get_i64(scratch + p.at_bad, i)
             if not rescue(p.run_rescue, params, scratch, batch, entry):
                 break
         place = add_atomic(counter, 1)
-    return 0
-
-
-def worker(params, scratch):
-    """Take items until none are left.
-
-    Returns 0, or `NEEDS_RESCUE` if a row needs the rescue, which is not compiled yet.
-    """
-    p = params_at(params)
-    if p.matrix:
-        configure(p.run_configure)
-    status = take_items(params, scratch)
     if p.matrix:
         release(p.run_release)
     return status

@@ -14,7 +14,7 @@ import math
 from fusedattn import masks, philox
 from fusedattn.cpu.forward import (
     COUNTER,
-    attend_all,
+    attend_chunks,
     fill_lanes,
     finish,
     row_interval,
@@ -284,7 +284,7 @@ def rescue(params, w, batch, entry):
         if not p.run_score_mod and has_nan_value(params, batch, head, row):
             return 1
         fill_lanes(params, w, batch, head, row, 1, 1)
-        if not attend_all(params, w, batch, head // p.group_size, 1, 1, 1):
+        if not attend_chunks(params, w, batch, head // p.group_size, 1, 1, 1, 0, p.chunks):
             return 0
         if finish(params, w, batch, 1, 1) == 0:
             return 1

@@ -182,11 +182,10 @@ def adjoint_identity(kernel: Kernel, case: Case) -> None:
     for name, gradient in zip(("q", "k", "v", "bias", "sinks"), found[:5], strict=True):
         if gradient is not None:
             moves[name] = rng.standard_normal(gradient.shape)
-    step = 2.0**-18
+    step, slack = _step(case, given, moves)
     forward, backward = _difference(kernel, case, given, moves, step), 0.0
     for name, move in moves.items():
         backward += float((getattr(found, f"d_{name}").astype(np.float64) * move).sum())
-    slack = _slack(case, given, moves, step)
     assert abs(forward - backward) <= slack, (
         f"<d_out, J x> is {forward}, <J^T d_out, x> is {backward}: further apart than {slack:.3g}"
     )
@@ -212,12 +211,13 @@ def _difference(
     return total / (2 * step)
 
 
-def _slack(case: Case, given: Incoming, moves: dict[str, Array], step: float) -> float:
-    """Bound of the error of the difference.
+def _step(case: Case, given: Incoming, moves: dict[str, Array]) -> tuple[float, float]:
+    """Return the step whose difference has the smallest bound of its error, and that bound.
 
-    It is off by step**2 / 6 times a third derivative. Each derivative of a softmax mean brings at
-    most the spread of the logits per unit step and a small factor; the third derivative of the lse
-    is bounded by that spread alone. Rounding errors of both ends are divided by the step.
+    The difference is off by step**2 / 6 times a third derivative. Each derivative of a softmax mean
+    brings at most the spread of the logits per unit step and a small factor; the third derivative
+    of the lse is bounded by that spread alone. Rounding errors of both ends are divided by the
+    step. The sum of both, bent * step**2 + rounded / step, is least at (rounded / (2 bent))**(1/3).
     """
 
     def size(array: Array) -> float:
@@ -229,10 +229,11 @@ def _slack(case: Case, given: Incoming, moves: dict[str, Array], step: float) ->
     spread += sum(size(moves[name]) for name in ("bias", "sinks") if name in moves)
     v_size = (size(case.v) + size(moves["v"])) / (1.0 - case.problem.dropout_p)
     d_out = np.abs(given.d_out)
-    slack = float(d_out.sum()) * v_size * (4 * spread) ** 3 * step**2
-    slack += float((d_out * case.budget.out).sum()) / step
+    bent, rounded = float(d_out.sum()) * v_size, float((d_out * case.budget.out).sum())
     if given.d_lse is not None:
         d_lse = np.abs(given.d_lse)
-        slack += float(d_lse.sum()) * (4 * spread) ** 3 * step**2
-        slack += float((d_lse * case.budget.lse).sum()) / step
-    return slack
+        bent += float(d_lse.sum())
+        rounded += float((d_lse * case.budget.lse).sum())
+    bent *= (4 * spread) ** 3
+    step = min(2.0**-18, (rounded / (2 * bent)) ** (1 / 3)) if bent and rounded else 2.0**-18
+    return step, bent * step**2 + rounded / step
