@@ -35,7 +35,7 @@ def _kernels() -> dict[str, str]:
     isa, tile = host_isa(), tile_for("float32", "float32")
     return {
         "vector unit": f"{isa.name}, {isa.registers} registers",
-        "matrix unit": "AMX, for float16 and bfloat16" if isa.matrix else "none",
+        "matrix unit": "AMX, for float32, float16 and bfloat16" if isa.matrix else "none",
         "vector width": f"{isa.vector_bytes} bytes: {tile.width} float32",
         "register tile": f"{tile.rows} keys x {tile.vectors} vectors of queries",
         "score tile": f"{tile.lanes} queries x {tile.block_k} keys",

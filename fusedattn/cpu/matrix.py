@@ -33,7 +33,7 @@ KEYS, VALUES, QUERIES = 0, 1, 2
 def split_panel(params, w, panel):
     """Copy the queries of a panel."""
     p = params_at(params)
-    target, rows = w + p.at_queries + 2 * panel * p.queries_part, w + p.at_query_rows
+    target, rows = w + p.at_queries + panel * p.panel_bytes, w + p.at_query_rows
     table = w + p.at_q_rows + panel * p.lanes * 8
     part, q_dim, head_dim, sign = p.queries_part, p.q_dim, p.head_dim, p.query_sign
     has_rest = pack_queries(p.run_pack_queries, target, part, table, q_dim, head_dim, sign, rows)
@@ -67,7 +67,7 @@ def keep_block(params, w, n, unseen, alone):
             set_u8(keep, j, 0)
         elif not alone:
             set_u8(keep, j, 1)
-    for i in range(1 + get_i64(w + p.at_has_rest, VALUES)):
+    for i in range(p.parts + get_i64(w + p.at_has_rest, VALUES)):
         at, stride = w + p.at_values + i * p.values_part, p.values_stride
         keep_values(p.run_keep_values, at, at, stride, n, p.head_dim_v, keep)
 
@@ -77,15 +77,12 @@ def score_tile(params, w, panel, keys, n):
     """Scores of n keys of the block against a panel."""
     p = params_at(params)
     s, product, head_dim, stride = w + p.at_scores_tile, w + p.at_product, p.head_dim, p.keys_stride
-    queries = w + p.at_queries + 2 * panel * p.queries_part
-    matrix_scores(p.run_matrix_scores, keys, stride, n, queries, s, head_dim)
+    queries = w + p.at_queries + panel * p.panel_bytes
+    run, keys_part, queries_part = p.run_matrix_scores, p.keys_part, p.queries_part
+    matrix_scores(run, keys, keys_part, stride, n, queries, queries_part, s, head_dim)
     of_keys = get_i64(w + p.at_has_rest, KEYS)
     of_queries = get_i64(w + p.at_has_rest, QUERIES + panel)
-    run, rest_keys, rest_queries = (
-        p.run_add_rest_scores,
-        keys + p.keys_part,
-        queries + p.queries_part,
-    )
+    run, rest_keys, rest_queries = p.run_add_rest_scores, keys + keys_part, queries + queries_part
     if of_keys:
         add_rest_scores(run, rest_keys, stride, n, queries, s, head_dim, product)
     if of_queries:
@@ -104,17 +101,15 @@ def accumulate_tile(params, w, panel, values, n, each_key_seen):
     s, third, stride = w + p.at_scores_tile, w + p.at_third_parts, p.values_stride
     columns, product, alpha = p.head_dim_v, w + p.at_product, w + p.at_alpha
     output = w + p.at_output + panel * columns * p.lanes * p.real_bytes
-    rest = values + p.values_part
-    has_rest = get_i64(w + p.at_has_rest, VALUES)
+    part, has_rest = p.values_part, get_i64(w + p.at_has_rest, VALUES)
     if not each_key_seen:
-        seen, keep = w + p.at_seen_values, w + p.at_seen
-        keep_values(p.run_keep_values, seen, values, stride, n, columns, keep)
-        if has_rest:
-            keep_values(p.run_keep_values, seen + p.values_part, rest, stride, n, columns, keep)
-        values, rest = seen, seen + p.values_part
+        run, seen, keep = p.run_keep_values, w + p.at_seen_values, w + p.at_seen
+        for i in range(p.parts + has_rest):
+            keep_values(run, seen + i * part, values + i * part, stride, n, columns, keep)
+        values = seen
     split_weights(p.run_split_weights, s, n, third)
-    matrix_accumulate(
-        p.run_matrix_accumulate, values, stride, n, s, third, output, columns, alpha, product
-    )
+    run = p.run_matrix_accumulate
+    matrix_accumulate(run, values, part, stride, n, s, third, output, columns, alpha, product)
     if has_rest:
-        add_rest_values(p.run_add_rest_values, rest, stride, n, s, third, output, columns, product)
+        run, rest = p.run_add_rest_values, values + part
+        add_rest_values(run, rest, stride, n, s, third, output, columns, product)

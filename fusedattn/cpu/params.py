@@ -71,8 +71,10 @@ _INTEGERS = [
     "few_rows",  # 1: lanes along the head dim, one panel an item
     "matrix",  # 1: products by the matrix unit
     "key_group",  # tiles of scores begin at multiples of so many keys
+    "parts",  # that each element has
     "rests_meet",  # 1: the product of two rests counts
-    "queries_part",  # bytes of one part of a panel of queries, and so on
+    "panel_bytes",  # of the queries of a panel
+    "queries_part",  # of one part of them, and so on
     "keys_part",
     "values_part",
     "chunk_keys",  # of few rows: keys whose sums start from nothing
@@ -347,8 +349,10 @@ def lower_scores(problem: AttentionProblem, record: NDArray[Any]) -> None:
     # A factor near the ends of the type's range would lose bits or overflow on its own. Nobody
     # means it, but it has an exact answer.
     least = most = 100 if problem.accumulator == np.float32 else 900
-    # The matrix unit may lose up to 2**-114 (2**12 additions) of a score that is yet to be scaled.
-    most = 64 if record["matrix"] else most
+    if record["matrix"]:
+        # The matrix unit may lose up to 2**-114 (2**12 additions) of a score that is yet to be
+        # scaled, and 2**-57 where the smallest part of one number meets a large one.
+        most = 64 if record["parts"] == 1 else 32
     record["exact"] = scale != 0.0 and not 2.0**-least < abs(scale) < 2.0**most
     record["natural_units"], record["scale"] = natural, scale
     if natural:
@@ -442,7 +446,7 @@ def _lower_work(problem: AttentionProblem, tile: Tile, record: NDArray[Any]) -> 
     few = takes_few_rows(problem)
     record["few_rows"], record["matrix"] = few, tile.matrix
     record["key_group"] = MATRIX_KEYS if record["matrix"] else 1
-    record["rests_meet"] = tile.storage == "float16"
+    record["parts"], record["rests_meet"] = tile.parts, tile.storage == "float16"
     chunk_keys = CHUNK_KEYS if few else 2**31
     record["chunk_keys"] = chunk_keys
     record["chunks"] = max(1, -(-problem.seqlen_k // chunk_keys))
@@ -507,7 +511,7 @@ def _lower_scratch(tile: Tile, record: NDArray[Any]) -> None:
 
 
 def _matrix_scratch(tile: Tile, record: NDArray[Any]) -> dict[str, int]:
-    """Lay out what the matrix unit multiplies: two parts of each operand, in whole tiles."""
+    """Lay out what the matrix unit multiplies: all parts of each operand, in whole tiles."""
     panels, head_dim, head_dim_v = (
         int(record[name]) for name in ("panels", "head_dim", "head_dim_v")
     )
@@ -517,12 +521,14 @@ def _matrix_scratch(tile: Tile, record: NDArray[Any]) -> dict[str, int]:
     record["queries_part"] = tile.lanes * dims * 2
     record["keys_part"] = tile.block_k * keys_stride
     record["values_part"] = columns * values_stride
+    parts = max(2, tile.parts)  # halves may have a rest
+    record["panel_bytes"] = parts * int(record["queries_part"])
     return {
-        "queries": 2 * panels * int(record["queries_part"]),
-        "keys": 2 * int(record["keys_part"]),
-        "values": 2 * int(record["values_part"]),
-        "seen_values": 2 * int(record["values_part"]),
-        "query_rows": tile.lanes * dims * 2,
+        "queries": panels * int(record["panel_bytes"]),
+        "keys": parts * int(record["keys_part"]),
+        "values": parts * int(record["values_part"]),
+        "seen_values": parts * int(record["values_part"]),
+        "query_rows": tile.parts * tile.lanes * dims * 2,
         "third_parts": tile.block_k * tile.lanes * 2,
         "product": MATRIX_KEYS * tile.lanes * tile.real_bytes,
         "has_rest": 8 * (2 + panels),

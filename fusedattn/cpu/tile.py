@@ -47,7 +47,7 @@ class Isa:
     name: str
     vector_bytes: int
     registers: int
-    matrix: bool = False  # with a matrix unit for elements of 16 bits
+    matrix: bool = False  # with a matrix unit for bfloat16
 
 
 AVX512 = Isa("AVX-512", 64, 32)
@@ -102,6 +102,11 @@ class Tile:
         return self.bits // 8
 
     @property
+    def parts(self) -> int:
+        """How many parts each element has for the matrix unit; halves may have a rest besides."""
+        return 3 if self.storage == "float32" else 1
+
+    @property
     def lanes(self) -> int:
         """Query rows per panel."""
         return self.width * self.vectors
@@ -121,7 +126,7 @@ class Tile:
 
     def panels(self, head_dim: int, head_dim_v: int) -> int:
         """Return the number of panels of one work item."""
-        query_bytes, most = (2, 8) if self.matrix else (self.real_bytes, 4)
+        query_bytes, most = (2 * self.parts, 8) if self.matrix else (self.real_bytes, 4)
         panel = self.lanes * (head_dim * query_bytes + head_dim_v * self.real_bytes)
         return max(1, min(most, ITEM_BYTES // panel))
 
@@ -150,7 +155,7 @@ def tile_for(
     # rows * vectors accumulators, one row of the panel and a broadcast must fit the registers.
     # LLVM loads the keys of two steps at once on NEON, which takes some more.
     most, rows_in_registers = (3, 8) if isa.registers == 32 else (2, 6)
-    matrix = matrix and isa.matrix and STORAGE_BYTES[storage] == 2
+    matrix = matrix and isa.matrix and storage != "float64"
     if matrix:  # 2 x 2 tiles of sums, 2 of rows and 2 of lanes
         most = 2
     if isa.vector_bytes == 16:

@@ -61,9 +61,9 @@ GROUPS = {
         "split_values": "iiiiiiii>i",
         "keep_values": "iiiiii>",
         "split_weights": "iii>",
-        "matrix_scores": "iiiiii>",
+        "matrix_scores": "iiiiiiii>",
         "add_rest_scores": "iiiiiii>",
-        "matrix_accumulate": "iiiiiiiii>",
+        "matrix_accumulate": "iiiiiiiiii>",
         "add_rest_values": "iiiiiiii>",
     },
     "rows": {

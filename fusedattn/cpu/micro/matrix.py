@@ -3,9 +3,10 @@
 One instruction adds to a tile of 16 x 16 float32 the product of 16 x 32 and 32 x 16 bfloat16. The
 products are exact. Each element takes two chains of 16 FMAs, for the even and the odd terms, which
 begin at zero and are added together and then to the tile: fewer roundings in a row than the chain
-of `Panels`. What is multiplied comes in exact parts, see `Parts`; a rest is multiplied apart, and
-what it adds where it is zero is zero: whether a neighbour has a rest moves no bit of a row. Where
-an infinity would turn that zero into NaN, the score stays what the main parts made it.
+of `Panels`. What is multiplied comes in exact parts, see `Parts`. The three parts of two float32
+numbers meet in six products, `PAIRS`. Of a half type, a rest is multiplied apart, and what it adds
+where it is zero is zero: whether a neighbour has a rest moves no bit of a row. Where an infinity
+would turn that zero into NaN, the score stays what the main parts made it.
 
 A float32 weight, times ``LIFT``, is three parts of 8 digits, by truncation.
 
@@ -19,7 +20,7 @@ roundings of a subnormal float32: in a column of a block at most 2**10 additions
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 
@@ -39,6 +40,10 @@ MOST_WITH_REST = 2.0**64
 # multiplied just fit the 8 tiles that there are.
 ROW_TILES = 2
 
+# Of two numbers in three parts: which parts are multiplied, of the left and the right one, mostly
+# from the smallest product to the largest, and in an order in which one of both often stays loaded.
+PAIRS = ((0, 2), (1, 1), (1, 0), (2, 0), (0, 1), (0, 0))
+
 # The layout of all tiles, as 64-bit words: palette 1; 64 bytes a row for each of the 8; 16 rows.
 CONFIGURATION = (1, 0, *(2 * (0x0040_0040_0040_0040,)), 0, 0, 0x1010_1010_1010_1010, 0)
 
@@ -56,10 +61,17 @@ class Matrix(Kernels):
         """Clear the tiles, so that the system need not keep them."""
         self._instruct(e, "tilerelease")
 
-    def matrix_scores(self, e: Emitter, k, k_stride, n, queries, s, head_dim) -> None:
-        """``S[j][lane] = sum_d k[j][d] * queries[d][lane]`` of one part each, for whole tiles."""
+    def matrix_scores(self, e: Emitter, k, k_part, k_stride, n, queries, part, s, head_dim) -> None:
+        """``S[j][lane] = sum_d k[j][d] * queries[d][lane]`` without the rests, for whole tiles.
+
+        ``k_part`` and ``part`` bytes lie between the parts of keys and queries.
+        """
+        parts = range(self.tile.parts)
+        keys, panels = (
+            [e.offset(x, i, step) for i in parts] for x, step in ((k, k_part), (queries, part))
+        )
         with self._steps(e, n) as first:
-            self._score_tiles(e, k, k_stride, queries, first, head_dim, s, first)
+            self._score_tiles(e, keys, k_stride, panels, first, head_dim, s, first)
 
     def add_rest_scores(self, e: Emitter, k, k_stride, n, queries, s, head_dim, product) -> None:
         """Add the scores of one part each, where not both are main parts."""
@@ -67,7 +79,7 @@ class Matrix(Kernels):
         factor = 1.0 / LIFT if self.tile.storage == "bfloat16" else 1.0
         limit = e.splat_const(MOST_WITH_REST)
         with self._steps(e, n) as first:
-            self._score_tiles(e, k, k_stride, queries, first, head_dim, product, I64(0))
+            self._score_tiles(e, [k], k_stride, [queries], first, head_dim, product, I64(0))
 
             def add(v: int, j: ir.Value, score: ir.Value) -> ir.Value:
                 rest = self._load(e, e.pointer(e.offset(product, j, self.row_bytes)), v)
@@ -108,16 +120,21 @@ class Matrix(Kernels):
                     ]
 
     def matrix_accumulate(
-        self, e: Emitter, values, v_stride, n, s, third, o, columns, alpha, product
+        self, e: Emitter, values, v_part, v_stride, n, s, third, o, columns, alpha, product
     ) -> None:
-        """``O[d][lane] = O[d][lane] * alpha[lane] + sum_j v[j][d] * weight[j][lane]``."""
-        factors = self._vectors(e, alpha)
-        build, factor = e.builder, e.splat_const(1.0 / LIFT)
+        """``O[d][lane] = O[d][lane] * alpha[lane] + sum_j v[j][d] * weight[j][lane]``.
+
+        Without the rests of values; ``v_part`` bytes lie between their parts.
+        """
+        factors, parts = self._vectors(e, alpha), self.tile.parts
+        lifts = 2 if parts > 1 else 1  # values in three parts are lifted too
+        build, factor = e.builder, e.splat_const(LIFT**-lifts)
 
         def join(v: int, old: ir.Value, total: ir.Value) -> ir.Value:
             return e.fma(total, factor, build.fmul(old, factors[v]))
 
-        self._value_tiles(e, values, v_stride, n, s, third, o, columns, product, join)
+        of_parts = [e.offset(values, i, v_part) for i in range(parts)]
+        self._value_tiles(e, of_parts, v_stride, n, s, third, o, columns, product, join)
 
     def add_rest_values(
         self, e: Emitter, values, v_stride, n, s, third, o, columns, product
@@ -129,7 +146,7 @@ class Matrix(Kernels):
         def join(_: int, old: ir.Value, total: ir.Value) -> ir.Value:
             return e.fma(total, factor, old)
 
-        self._value_tiles(e, values, v_stride, n, s, third, o, columns, product, join)
+        self._value_tiles(e, [values], v_stride, n, s, third, o, columns, product, join)
 
     def _stay_awake(self, e: Emitter) -> None:
         """Give the matrix unit something to do between its products.
@@ -159,21 +176,27 @@ class Matrix(Kernels):
         )
 
     def _score_tiles(self, e: Emitter, k, k_stride, queries, first, head_dim, s, target) -> None:
-        """The scores of some tiles of keys from ``first`` on, to rows of s from ``target`` on."""
+        """The scores of some tiles of keys from ``first`` on, to rows of s from ``target`` on.
+
+        ``k`` and ``queries`` are lists of parts.
+        """
         build = e.builder
         sums, rows, lanes = self._numbers()
         for number in chain(*sums):
             self._instruct(e, "tilezero", I8(number))
         row_stride = I64(self.row_bytes)
-        keys = [e.offset(k, build.add(first, I64(m * ROWS)), k_stride) for m in range(len(rows))]
+        keys = [
+            [e.offset(part, build.add(first, I64(m * ROWS)), k_stride) for m in range(len(rows))]
+            for part in k
+        ]
         with e.loop(build.ashr(build.add(head_dim, I64(31)), I64(5))) as step:
-            for m, number in enumerate(rows):
-                self._load_tile(e, number, e.offset(keys[m], step, LINE), k_stride)
-            panel = e.offset(queries, step, ROWS * self.row_bytes)
-            for v, number in enumerate(lanes):
-                self._load_tile(e, number, build.add(panel, I64(v * LINE)), row_stride)
-                for m, row in enumerate(rows):
-                    self._instruct(e, "tdpbf16ps", I8(sums[m][v]), I8(row), I8(number))
+            left = [[e.offset(row, step, LINE) for row in part] for part in keys]
+            panels = [e.offset(part, step, ROWS * self.row_bytes) for part in queries]
+            right = [
+                [build.add(panel, I64(v * LINE)) for v in range(len(lanes))] for panel in panels
+            ]
+            pairs = PAIRS if len(k) > 1 else ((0, 0),)
+            self._multiply(e, left, k_stride, right, [row_stride] * len(right), pairs)
         self._store_tiles(e, sums, e.offset(s, target, self.row_bytes))
 
     def _value_tiles(
@@ -185,24 +208,25 @@ class Matrix(Kernels):
         with self._steps(e, columns) as first:
             for number in chain(*sums):
                 self._instruct(e, "tilezero", I8(number))
-            column = e.offset(values, first, v_stride)
+            column = [e.offset(part, first, v_stride) for part in values]
             with e.loop(build.ashr(build.add(n, I64(MATRIX_KEYS - 1)), I64(5))) as group:
-                for m, number in enumerate(rows):
-                    at = e.offset(e.offset(column, m * ROWS, v_stride), group, LINE)
-                    self._load_tile(e, number, at, v_stride)
+                left = [
+                    [
+                        e.offset(e.offset(part, m * ROWS, v_stride), group, LINE)
+                        for m in range(len(rows))
+                    ]
+                    for part in column
+                ]
                 first_part = e.offset(s, group, MATRIX_KEYS * self.row_bytes)
                 second_part = build.add(first_part, I64(self.row_bytes))
                 third_part = e.offset(third, group, ROWS * self.row_bytes)
-                pairs = I64(2 * self.row_bytes)
-                for at, stride in (
-                    (first_part, pairs),
-                    (second_part, pairs),
-                    (third_part, I64(self.row_bytes)),
-                ):
-                    for v, number in enumerate(lanes):
-                        self._load_tile(e, number, build.add(at, I64(v * LINE)), stride)
-                        for m, row in enumerate(rows):
-                            self._instruct(e, "tdpbf16ps", I8(sums[m][v]), I8(row), I8(number))
+                right = [
+                    [build.add(at, I64(v * LINE)) for v in range(len(lanes))]
+                    for at in (first_part, second_part, third_part)
+                ]
+                strides = [I64(rows_apart * self.row_bytes) for rows_apart in (2, 2, 1)]
+                pairs = PAIRS if len(values) > 1 else ((0, 0), (0, 1), (0, 2))
+                self._multiply(e, left, v_stride, right, strides, pairs)
             self._store_tiles(e, sums, product)
             with e.loop(e.minimum(I64(count), build.sub(columns, first))) as d:
                 totals = e.pointer(e.offset(product, d, self.row_bytes))
@@ -210,6 +234,23 @@ class Matrix(Kernels):
                 for v in range(self.tile.vectors):
                     total = join(v, self._load(e, row, v), self._load(e, totals, v))
                     self._store(e, total, row, v)
+
+    def _multiply(
+        self, e: Emitter, left, left_stride, right, right_strides, pairs: Sequence[tuple[int, int]]
+    ) -> None:
+        """Add products of parts to the sums: left[part][row tile] times right[part][vector]."""
+        sums, rows, lanes = self._numbers()
+        of_rows = of_lanes = None
+        for i, j in pairs:
+            if i != of_rows:
+                for number, at in zip(rows, left[i], strict=True):
+                    self._load_tile(e, number, at, left_stride)
+            for v, number in enumerate(lanes):
+                if j != of_lanes:
+                    self._load_tile(e, number, right[j][v], right_strides[j])
+                for m, row in enumerate(rows):
+                    self._instruct(e, "tdpbf16ps", I8(sums[m][v]), I8(row), I8(number))
+            of_rows, of_lanes = i, j
 
     def _store_tiles(self, e: Emitter, sums: list[list[int]], target: ir.Value) -> None:
         for m, tiles in enumerate(sums):

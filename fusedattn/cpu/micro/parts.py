@@ -1,5 +1,8 @@
 """Copies of what the matrix unit multiplies, in parts that are bfloat16.
 
+* A float32 element is three parts of 8 digits, which together are exact; values are lifted by
+  ``LIFT`` first. Whatever is `MOST` or more, an infinity or NaN has NaN for its parts: the rows
+  that see it end in the rescue, and nothing has to be fetched back from the ends of the range.
 * A float16 element is its 8 leading digits, the *main* part, and the *rest*, both exact. The
   product of two elements is four products.
 * A bfloat16 element is one itself. But the matrix unit takes subnormal numbers for zeros, so those
@@ -13,7 +16,9 @@ Every copy is filled up with zeros to whole tiles.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from llvmlite import ir
 
@@ -23,6 +28,10 @@ from fusedattn.cpu.tile import MATRIX_KEYS
 
 LIFT = 2.0**30
 SMALLEST_NORMAL = 2.0**-126
+# Float32 elements below this, lifted, times lifted weights, still sum up to a float32; and what is
+# lost of the smallest, times this, stays far below the roundings of a score (see the scales in
+# `fusedattn.cpu.params`).
+MOST = 2.0**56
 
 # Rows of a tile of the matrix unit, and bytes of each.
 ROWS, LINE = 16, 64
@@ -48,7 +57,7 @@ def any_of(e: Emitter, bits: ir.Value) -> ir.Value:
 
 
 class Parts(Kernels):
-    """The main parts of rows and their rests."""
+    """The parts of rows."""
 
     def split_keys(
         self, e: Emitter, target, part, target_stride, source, stride, step, n, columns, keep
@@ -66,39 +75,40 @@ class Parts(Kernels):
             is_kept = build.icmp_unsigned("!=", build.load(kept), I8(0))
             return e.offset(source, j, stride), is_kept
 
-        def write(is_rest: bool) -> ir.Value:
-            to = build.add(target, part) if is_rest else target
-            return self._split(e, is_rest, row, to, target_stride, step, n, columns, None)
+        def write(which: Sequence[int]) -> ir.Value:
+            to = [e.offset(target, number, part) for number in which]
+            return self._split(e, which, row, to, target_stride, step, n, columns, None)
 
-        return self._main_and_rest(e, write)
+        return self._always_and_rest(e, write)
 
     def pack_queries(self, e: Emitter, target, part, table, step, columns, sign, rows) -> ir.Value:
         """Parts of ``sign * row[lane][d]`` as ``[d // 2][lane][d % 2]``, filled up to 32 columns.
 
-        ``table`` holds the address of each row, ``rows`` is room for one part of them. Returns if
+        ``table`` holds the address of each row, ``rows`` is room for the parts of them. Returns if
         there is a rest.
         """
-        build, width = e.builder, self.tile.width
+        build, width, lanes = e.builder, self.tile.width, I64(self.tile.lanes)
         factor, stride = e.to_real(sign), filled(e, columns, 32)
         stride = build.mul(stride, I64(2))
 
         def row(lane: ir.Value) -> tuple[ir.Value, ir.Value]:
             return e.load(e.offset(table, lane, 8), I64, 8), I1(1)
 
-        def write(is_rest: bool) -> ir.Value:
-            lanes = I64(self.tile.lanes)
-            found = self._split(e, is_rest, row, rows, stride, step, lanes, columns, factor)
-            to = build.add(target, part) if is_rest else target
-            with e.loop(build.sdiv(stride, I64(LINE))) as block, e.loop(self.tile.vectors) as v:
-                first_row = e.offset(rows, build.mul(v, I64(width)), stride)
-                first = e.offset(first_row, block, LINE)
-                pairs = [e.load(e.offset(first, i, stride), e.i32vec, 4) for i in range(width)]
-                place = e.offset(e.offset(to, block, ROWS * self.row_bytes), v, LINE)
-                for i, lane_pairs in enumerate(e.transpose(pairs)):
-                    e.store(lane_pairs, build.add(place, I64(i * self.row_bytes)), LINE)
+        def write(which: Sequence[int]) -> ir.Value:
+            places = [e.offset(rows, i, build.mul(lanes, stride)) for i in range(len(which))]
+            found = self._split(e, which, row, places, stride, step, lanes, columns, factor)
+            for number, split in zip(which, places, strict=True):
+                to = e.offset(target, number, part)
+                with e.loop(build.sdiv(stride, I64(LINE))) as block, e.loop(self.tile.vectors) as v:
+                    first_row = e.offset(split, build.mul(v, I64(width)), stride)
+                    first = e.offset(first_row, block, LINE)
+                    pairs = [e.load(e.offset(first, i, stride), e.i32vec, 4) for i in range(width)]
+                    place = e.offset(e.offset(to, block, ROWS * self.row_bytes), v, LINE)
+                    for i, lane_pairs in enumerate(e.transpose(pairs)):
+                        e.store(lane_pairs, build.add(place, I64(i * self.row_bytes)), LINE)
             return found
 
-        return self._main_and_rest(e, write)
+        return self._always_and_rest(e, write)
 
     def split_values(
         self, e: Emitter, target, part, target_stride, source, stride, step, n, columns
@@ -111,46 +121,57 @@ class Parts(Kernels):
         blocks = self._blocks(e, columns, step, self.tile.storage)
         last = build.sub(n, I64(1))
         groups = build.ashr(build.add(n, I64(MATRIX_KEYS - 1)), I64(5))
+        lift = ir.Constant(FLOAT, LIFT) if self.is_wide else None
 
-        def write(is_rest: bool) -> ir.Value:
-            to = build.add(target, part) if is_rest else target
-            found = e.variable(like(ir.VectorType(I1, width), 0))
-            found_one = e.variable(I1(0))
+        def read(j: ir.Value, offset: ir.Value, lanes: int) -> ir.Value:
+            row = e.offset(source, e.minimum(j, last), stride)
+            kind = ir.VectorType(self.bits, lanes) if lanes > 1 else self.bits
+            raw = e.load(build.add(row, offset), kind)
+            return build.select(build.icmp_signed("<=", j, last), raw, like(kind, 0))
 
-            def half(j: ir.Value, offset: ir.Value, lanes: int, place: ir.Value) -> ir.Value:
-                row = e.offset(source, e.minimum(j, last), stride)
-                kind = ir.VectorType(I16, lanes) if lanes > 1 else I16
-                raw = e.load(build.add(row, offset), kind)
-                raw = build.select(build.icmp_signed("<=", j, last), raw, like(kind, 0))
-                build.store(build.or_(build.load(place), self._has_rest(e, raw)), place)
-                return self._part(e, raw, is_rest, None)
+        def write(which: Sequence[int]) -> ir.Value:
+            to = [e.offset(target, number, part) for number in which]
+            found, found_one = self._nothing_found(e)
 
             with e.loop(blocks) as block, e.loop(groups) as group:
                 d = build.mul(block, I64(width))
                 offset, key = build.mul(d, step), build.mul(group, I64(MATRIX_KEYS))
-                pairs = []
-                for i in range(ROWS):
-                    low, high = (
-                        build.zext(
-                            half(build.add(key, I64(2 * i + odd)), offset, width, found), e.i32vec
-                        )
-                        for odd in range(2)
-                    )
-                    pairs.append(build.or_(low, build.shl(high, e.splat_int(16, e.i32vec))))
-                place = e.offset(e.offset(to, d, target_stride), group, LINE)
-                for i, keys in enumerate(e.transpose(pairs)):
-                    e.store(keys, e.offset(place, i, target_stride), LINE)
+                rows = [read(build.add(key, I64(j)), offset, width) for j in range(MATRIX_KEYS)]
+                places = [e.offset(e.offset(at, d, target_stride), group, LINE) for at in to]
+                if self.is_wide:  # half a line of each part from 16 numbers of a column
+                    for half in range(2):
+                        turned = e.transpose(rows[half * ROWS : (half + 1) * ROWS])
+                        for i, raw in enumerate(turned):
+                            split = self._parts(e, raw, which, lift)
+                            for at, bits in zip(places, split, strict=True):
+                                line = e.offset(at, i, target_stride)
+                                e.store(bits, build.add(line, I64(half * LINE // 2)), LINE // 2)
+                else:  # a line from 16 pairs
+                    split = []
+                    for raw in rows:
+                        self._note(e, raw, found)
+                        split += self._parts(e, raw, which, lift)
+                    wide = [build.zext(bits, e.i32vec) for bits in split]
+                    upper = e.splat_int(16, e.i32vec)
+                    pairs = [
+                        build.or_(low, build.shl(high, upper))
+                        for low, high in zip(wide[::2], wide[1::2], strict=True)
+                    ]
+                    for i, keys in enumerate(e.transpose(pairs)):
+                        e.store(keys, e.offset(places[0], i, target_stride), LINE)
             done = build.mul(blocks, I64(width))
             with (
                 e.loop(build.sub(columns, done)) as i,
                 e.loop(build.mul(groups, I64(MATRIX_KEYS))) as j,
             ):
                 d = build.add(done, i)
-                value = half(j, build.mul(d, step), 1, found_one)
-                e.store(value, e.offset(e.offset(to, d, target_stride), j, 2))
-            return build.or_(any_of(e, build.load(found)), any_of(e, build.load(found_one)))
+                raw = read(j, build.mul(d, step), 1)
+                self._note(e, raw, found_one)
+                for at, bits in zip(to, self._parts(e, raw, which, lift), strict=True):
+                    e.store(bits, e.offset(e.offset(at, d, target_stride), j, 2))
+            return self._was_found(e, found, found_one)
 
-        return self._main_and_rest(e, write)
+        return self._always_and_rest(e, write)
 
     def keep_values(self, e: Emitter, target, source, stride, n, columns, keep) -> None:
         """Copy n values of each column; those whose byte in ``keep`` is 0 become 0."""
@@ -165,73 +186,140 @@ class Parts(Kernels):
                 value = build.select(is_kept, value, like(kind, 0))
                 e.store(value, build.add(e.offset(target, d, stride), at))
 
-    def _main_and_rest(self, e: Emitter, write: Callable[[bool], ir.Value]) -> ir.Value:
-        """Write the main parts, and the rests if there are any; return 1 if so."""
-        found = write(False)
+    @property
+    def is_wide(self) -> bool:
+        """Whether elements are float32."""
+        return self.tile.storage == "float32"
+
+    @property
+    def bits(self) -> ir.IntType:
+        """The type of the bits of an element."""
+        return I32 if self.is_wide else I16
+
+    def _always_and_rest(self, e: Emitter, write: Callable[[Sequence[int]], ir.Value]) -> ir.Value:
+        """Write the parts that all elements have, and the rests if there are any; 1 if so."""
+        parts = self.tile.parts
+        found = write(range(parts))
+        if self.is_wide:
+            return I64(0)
         with e.builder.if_then(found):
-            write(True)
+            write((parts,))
         return e.builder.zext(found, I64)
 
     def _split(
-        self, e: Emitter, is_rest, row, target, target_stride, step, n, columns, factor
+        self, e: Emitter, which, row, targets, target_stride, step, n, columns, factor
     ) -> ir.Value:
-        """One part of n rows; returns a bit that says if there is a rest."""
+        """Some parts of n rows; returns a bit that says if there is a rest."""
         build, width = e.builder, self.tile.width
         blocks = self._blocks(e, columns, step, self.tile.storage)
         done = build.mul(blocks, I64(width))
-        found, found_one = e.variable(like(ir.VectorType(I1, width), 0)), e.variable(I1(0))
+        found, found_one = self._nothing_found(e)
         whole = filled(e, columns, 32)
         with e.loop(n) as j:
-            to, (of, is_kept) = e.offset(target, j, target_stride), row(j)
+            to, (of, is_kept) = [e.offset(at, j, target_stride) for at in targets], row(j)
 
             def copy(d: ir.Value, kind: ir.Type, place: ir.Value, to=to, of=of) -> None:
                 raw = e.load(e.offset(of, d, step), kind)
                 raw = build.select(is_kept, raw, like(kind, 0))
-                build.store(build.or_(build.load(place), self._has_rest(e, raw)), place)
-                e.store(self._part(e, raw, is_rest, factor), e.offset(to, d, 2))
+                self._note(e, raw, place)
+                for at, bits in zip(to, self._parts(e, raw, which, factor), strict=True):
+                    e.store(bits, e.offset(at, d, 2))
 
             with e.loop(blocks) as block:
-                copy(build.mul(block, I64(width)), ir.VectorType(I16, width), found)
+                copy(build.mul(block, I64(width)), ir.VectorType(self.bits, width), found)
             with e.loop(build.sub(columns, done)) as i:
-                copy(build.add(done, i), I16, found_one)
+                copy(build.add(done, i), self.bits, found_one)
             with e.loop(build.sub(whole, columns)) as i:
-                e.store(I16(0), e.offset(to, build.add(columns, i), 2))
+                for at in to:
+                    e.store(I16(0), e.offset(at, build.add(columns, i), 2))
+        return self._was_found(e, found, found_one)
+
+    def _nothing_found(self, e: Emitter) -> tuple[ir.Value, ir.Value]:
+        """Return room for what `_note` finds: in vectors and in single elements."""
+        return e.variable(like(ir.VectorType(I1, self.tile.width), 0)), e.variable(I1(0))
+
+    def _was_found(self, e: Emitter, found: ir.Value, found_one: ir.Value) -> ir.Value:
+        build = e.builder
         return build.or_(any_of(e, build.load(found)), any_of(e, build.load(found_one)))
 
-    def _has_rest(self, e: Emitter, raw: ir.Value) -> ir.Value:
-        """Where an element, by its bits, may have a rest."""
+    def _note(self, e: Emitter, raw: ir.Value, place: ir.Value) -> None:
+        """Note whether an element, by its bits, may have a rest."""
+        if self.is_wide:
+            return
         build, kind = e.builder, raw.type
         if self.tile.storage == "bfloat16":  # subnormal: 1 to 127
             size = build.and_(raw, like(kind, 0x7FFF))
             before = build.sub(size, like(kind, 1))
-            return build.icmp_unsigned("<", before, like(kind, 0x7F))
-        low = build.and_(raw, like(kind, 7))  # digits past the first 8
-        return build.icmp_unsigned("!=", low, like(kind, 0))
+            has_rest = build.icmp_unsigned("<", before, like(kind, 0x7F))
+        else:
+            low = build.and_(raw, like(kind, 7))  # digits past the first 8
+            has_rest = build.icmp_unsigned("!=", low, like(kind, 0))
+        build.store(build.or_(build.load(place), has_rest), place)
 
-    def _part(self, e: Emitter, raw: ir.Value, is_rest: bool, factor: ir.Value | None) -> ir.Value:
-        """Return one part of elements, times a factor of 1, 0 or -1, as the bits of a bfloat16."""
+    def _parts(
+        self, e: Emitter, raw: ir.Value, which: Sequence[int], factor: ir.Value | None
+    ) -> list[ir.Value]:
+        """Return some parts of elements, times a factor, as the bits of bfloat16 numbers.
+
+        The factor is 1, 0 or -1, of float32 any power of two that `MOST` allows.
+        """
         build = e.builder
         lanes = raw.type.count if isinstance(raw.type, ir.VectorType) else 1
         shape = (lambda t: ir.VectorType(t, lanes)) if lanes > 1 else (lambda t: t)
-        if self.tile.storage == "bfloat16":
-            wide = build.shl(build.zext(raw, shape(I32)), like(shape(I32), 16))
-            value = build.bitcast(wide, shape(FLOAT))
-        else:
-            value = build.fpext(build.bitcast(raw, shape(HALF)), shape(FLOAT))
+        value = self._number(e, raw, shape)
+        if self.is_wide:
+            size = build.bitcast(build.and_(raw, like(shape(I32), 0x7FFFFFFF)), shape(FLOAT))
+            usable = build.fcmp_ordered("<", size, like(shape(FLOAT), MOST))
+            value = build.select(usable, value, like(shape(FLOAT), math.nan))
         if factor is not None:
             value = build.fmul(value, e.splat(factor) if lanes > 1 else factor)
+        if self.is_wide:
+            digits = self._three(e, value, shape)
+        else:
+            digits = [self._main_or_rest(e, value, shape, number) for number in which]
+        half = like(shape(I32), 16)
+        return [build.trunc(build.lshr(x, half), shape(I16)) for x in digits]
+
+    def _number(self, e: Emitter, raw: ir.Value, shape: Any) -> ir.Value:
+        """Elements as float32."""
+        build = e.builder
+        if self.is_wide:
+            return build.bitcast(raw, shape(FLOAT))
+        if self.tile.storage == "bfloat16":
+            wide = build.shl(build.zext(raw, shape(I32)), like(shape(I32), 16))
+            return build.bitcast(wide, shape(FLOAT))
+        return build.fpext(build.bitcast(raw, shape(HALF)), shape(FLOAT))
+
+    def _three(self, e: Emitter, left: ir.Value, shape: Any) -> list[ir.Value]:
+        """Three parts that add up to a float32: each of the first two rounded to nearest.
+
+        So what is left has at most half a unit of the part, and of the products of two numbers
+        the three that are not computed come to at most 2**-23 of it.
+        """
+        build, parts = e.builder, []
+        for last in (False, False, True):
+            digits = build.bitcast(left, shape(I32))
+            if not last:
+                digits = build.add(digits, like(shape(I32), 0x8000))
+                digits = build.and_(digits, like(shape(I32), -0x10000))
+                left = build.fsub(left, build.bitcast(digits, shape(FLOAT)))
+            parts.append(digits)
+        return parts
+
+    def _main_or_rest(self, e: Emitter, value: ir.Value, shape: Any, number: int) -> ir.Value:
+        """The main part of a half type (number 0) or its rest (1), in the upper 16 bits."""
+        build = e.builder
         digits = build.and_(build.bitcast(value, shape(I32)), like(shape(I32), -0x10000))
-        if is_rest:
-            zero = like(shape(FLOAT), 0.0)
-            main = build.bitcast(digits, shape(FLOAT))
-            if self.tile.storage == "bfloat16":
-                lifted = build.fmul(value, like(shape(FLOAT), LIFT))
-                size = build.bitcast(build.and_(digits, like(shape(I32), 0x7FFFFFFF)), shape(FLOAT))
-                normal = like(shape(FLOAT), SMALLEST_NORMAL)
-                is_subnormal = build.fcmp_ordered("<", size, normal)
-                rest = build.select(is_subnormal, lifted, zero)
-            else:  # of an infinity there is none
-                same = build.fcmp_ordered("==", value, main)
-                rest = build.select(same, zero, build.fsub(value, main))
-            digits = build.bitcast(rest, shape(I32))
-        return build.trunc(build.lshr(digits, like(shape(I32), 16)), shape(I16))
+        if number == 0:
+            return digits
+        zero = like(shape(FLOAT), 0.0)
+        main = build.bitcast(digits, shape(FLOAT))
+        if self.tile.storage == "bfloat16":
+            lifted = build.fmul(value, like(shape(FLOAT), LIFT))
+            size = build.bitcast(build.and_(digits, like(shape(I32), 0x7FFFFFFF)), shape(FLOAT))
+            normal = like(shape(FLOAT), SMALLEST_NORMAL)
+            rest = build.select(build.fcmp_ordered("<", size, normal), lifted, zero)
+        else:  # of an infinity there is none
+            same = build.fcmp_ordered("==", value, main)
+            rest = build.select(same, zero, build.fsub(value, main))
+        return build.bitcast(rest, shape(I32))
