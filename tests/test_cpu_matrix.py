@@ -20,7 +20,7 @@ from fusedattn.testing.suite import make_suite
 needs_matrix_unit = pytest.mark.skipif(
     not tile.host_isa().matrix, reason="no matrix unit, or the system does not allow it"
 )
-TYPES = ("bfloat16", "float16")
+TYPES = ("bfloat16", "float16", "float32")
 each_type = pytest.mark.parametrize("dtype", TYPES)
 attention = attention_on(tile.AMX)
 without = attention_on(tile.AVX512)
@@ -246,4 +246,4 @@ def test_explain_names_the_matrix_unit():
     for dtype in TYPES:
         assert "AVX-512 and AMX" in text(100, dtype)
         assert "AMX" not in text(FEW_ROWS, dtype)
-    assert "AMX" not in text(100, "float32")
+    assert "AMX" not in text(100, "float64")

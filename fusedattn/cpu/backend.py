@@ -13,7 +13,15 @@ from fusedattn.cpu import threads
 from fusedattn.cpu.compile import get_micro, get_rescue, get_worker, known_rescue
 from fusedattn.cpu.forward import NEEDS_RESCUE
 from fusedattn.cpu.micro import GROUPS
-from fusedattn.cpu.params import Bound, Template, groups_of, heads_per_item, tile_of
+from fusedattn.cpu.params import (
+    ITEMS_PER_THREAD,
+    Bound,
+    Template,
+    groups_of,
+    heads_per_item,
+    panels_per_item,
+    tile_of,
+)
 from fusedattn.cpu.scratch import working_memory
 from fusedattn.cpu.tile import ROWS_PER_ITEM, host_isa, tile_for
 from fusedattn.cpu.user.code import UserCode
@@ -25,8 +33,6 @@ ALONE_FLOPS = 5_000_000
 # Above this much work (some milliseconds) the caller only waits, so that Ctrl-C is heard: were
 # every row to take the exact path, 200 times as slow, its own share could last half a second.
 LONG_FLOPS = 300_000_000
-# With fewer items than this a thread, the keys of one may go to several threads.
-ITEMS_PER_THREAD = 4
 # Numbers of rows that call for each of the panel widths.
 WARMUP_ROWS = (1, 32, 4096)
 # Groups of micro-kernels of which a call takes one.
@@ -42,7 +48,8 @@ class Prepared:
         for group in groups_of(problem):
             natives |= get_micro(tile, group).addresses
         self._user = UserCode(problem, tile)
-        self._template = Template(problem, tile, natives | self._user.passes)
+        addresses = natives | self._user.passes
+        self._template = Template(problem, tile, addresses, threads.get_num_threads())
         self._flops = problem.flops
         pairs = problem.batch_size * problem.num_heads * problem.seqlen_q * problem.seqlen_k
         self._most_flops = 2 * (problem.head_dim + problem.head_dim_v) * pairs
@@ -64,6 +71,7 @@ class Prepared:
         if template.items == 0:
             return
         flops = self._flops if lengths is None else self._most_flops
+        # Then the keys of one may go to several threads.
         few_items = count > 1 and template.items < ITEMS_PER_THREAD * count
         split = few_items and template.chunks > 1 and flops >= ALONE_FLOPS
         bound = template.bind(operands, slopes, sinks, lengths, aux, split)
@@ -119,7 +127,7 @@ class Cpu:
         if "rows" in groups_of(problem):
             rows, how = heads_per_item(problem) * problem.seqlen_q, "the head dim"
         else:
-            rows = tile.panels(problem.head_dim, problem.head_dim_v) * tile.lanes
+            rows = panels_per_item(problem, tile, threads.get_num_threads()) * tile.lanes
             how = f"queries, {tile.lanes} at once"
         unit = f"{isa.name} and AMX" if tile.matrix else isa.name
         return [

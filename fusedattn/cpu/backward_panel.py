@@ -107,7 +107,7 @@ def scores_of_tile(params, w, t, batch, first_key, n, keys, stride):
         return found
     scores(p.run_scores, keys, stride, n, t + p.at_queries, s, p.head_dim)
     if p.natural_units:
-        natural_units(params, w, t, batch, 0, first_key, n, 1)
+        natural_units(params, w, t, batch, 0, first_key, n, 0, 1)
     last_low, first_high = get_i64(t + p.at_bounds, 2), get_i64(t + p.at_bounds, 3)
     if last_low > first_key or first_high < first_key + n:
         lows, highs = t + p.at_low, t + p.at_high

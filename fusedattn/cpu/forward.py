@@ -20,7 +20,15 @@ from __future__ import annotations
 import math
 
 from fusedattn import masks
-from fusedattn.cpu.matrix import accumulate_tile, keep_block, score_tile, split_block, split_panel
+from fusedattn.cpu.matrix import (
+    accumulate_tile,
+    keep_block,
+    score_tile,
+    split_block,
+    split_panel,
+    split_tile,
+    weigh_tile,
+)
 from fusedattn.cpu.memory import (
     add_atomic,
     clear,
@@ -36,6 +44,7 @@ from fusedattn.cpu.memory import (
     set_i32,
     set_i64,
     set_real,
+    set_u8,
     smaller,
 )
 from fusedattn.cpu.micro import LOG2_E, SIGNATURES
@@ -192,12 +201,13 @@ def kept_keys(params, w, panel, first, last):
     return larger(first, low * size), smaller(last, high * size), kind
 
 
-@kernel("iiiiiiii>")
-def natural_units(params, w, tables, batch, panel, first_key, n, mark):
+@kernel("iiiiiiiii>")
+def natural_units(params, w, tables, batch, panel, first_key, n, skip, mark):
     """The passes over a tile of raw scores whose order the specification fixes.
 
     ``tables`` is where the lane tables lie. The backward pass also wants the slope of the softcap.
-    ``mark``: write down which scores a score_mod has made minus infinity.
+    The score_mod is not asked about the first ``skip`` keys. ``mark``: write down which scores it
+    has made minus infinity.
     """
     p = params_at(params)
     s = w + p.at_scores_tile
@@ -207,7 +217,8 @@ def natural_units(params, w, tables, batch, panel, first_key, n, mark):
     if p.run_score_mod:
         at_lane = panel * p.lanes * 4
         rows, heads = tables + p.at_row + at_lane, tables + p.at_head + at_lane
-        score_mod(p.run_score_mod, s, n, first_key, rows, heads, batch, p.score_words)
+        asked, key = s + skip * p.lanes * p.real_bytes, first_key + skip
+        score_mod(p.run_score_mod, asked, n - skip, key, rows, heads, batch, p.score_words)
         if mark:
             mark_hidden(p.run_mark_hidden, s, n, w + p.at_shown_tile)
     cap = p.softcap
@@ -226,14 +237,17 @@ def natural_units(params, w, tables, batch, panel, first_key, n, mark):
         add(p.run_add, s, n, tile_at)
 
 
-@kernel("iiiiiiiiiiiii>")
+@kernel("iiiiiiiiiiiiiiiii>")
 def attend_tile(
-    params, w, batch, panel, first_key, n, blocks, keys, k_stride, values, v_stride, groups, staged
-):
+    params, w, batch, panel, first_key, n, skip, blocks, keys, k_stride, values, v_stride, groups,
+    staged, next_panel, next_keys, next_n,
+):  # fmt: skip
     """One tile of scores: ``n`` keys from ``first_key`` on against one panel of rows.
 
-    ``blocks``: what the block mask says of the tile. ``groups`` of rows if there are few;
+    ``blocks``: what the block mask says of the tile, but for its first ``skip`` keys, which are
+    hidden and which the user's functions are not asked about. ``groups`` of rows if there are few;
     ``staged``: 1 if keys are reals, plus 2 if values are, plus 4 if all lanes are one row.
+    With a matrix unit the scores stand already; they make room for those of the next tile.
     """
     p = params_at(params)
     s = w + p.at_scores_tile
@@ -247,26 +261,33 @@ def attend_tile(
         found = mask_tile(p.run_mask_tile, tile_at, table, offset, step, n, w + p.at_seen)
     if blocks == masks.EDGE:
         shown = w + p.at_shown_tile if p.mask else tile_at
-        mask_mod(p.run_mask_mod, shown, n, first_key, rows, heads, batch, p.mask_words)
+        asked, key = shown + skip * p.lanes, first_key + skip
+        mask_mod(p.run_mask_mod, asked, n - skip, key, rows, heads, batch, p.mask_words)
         if p.mask:
             both(p.run_both, tile_at, n, shown)
+    elif skip and not p.mask:
+        for i in range(skip * p.lanes, n * p.lanes):
+            set_u8(tile_at, i, 1)
+    if skip:
+        clear(tile_at, skip * p.lanes)
+    if skip or blocks == masks.EDGE:
         found = summary(p.run_summary, tile_at, n, w + p.at_seen)
     mask_kind, each_key_seen = found & 3, found >= EACH_KEY_SEEN
     if mask_kind == NONE_SEEN:
+        if next_n:
+            score_tile(params, w, next_panel, next_keys, next_n)
         return
     head_dim, head_dim_v, row_bytes = p.head_dim, p.head_dim_v, p.lanes * p.real_bytes
     if p.few_rows:
         run = p.run_row_scores_of_reals if staged & 1 else p.run_row_scores
         queries, stride = w + p.at_row_queries, p.row_queries_stride
         row_scores(run, keys, k_stride, n, queries, stride, s, head_dim, groups, values, v_stride)
-    elif p.matrix:
-        score_tile(params, w, panel, keys, n)
-    else:
+    elif not p.matrix:
         queries = w + p.at_queries + panel * head_dim * row_bytes
         scores(p.run_scores, keys, k_stride, n, queries, s, head_dim)
     marked = p.run_score_mod and (p.marks or staged & 4)
     if p.natural_units:
-        natural_units(params, w, w, batch, panel, first_key, n, 1 if marked else 0)
+        natural_units(params, w, w, batch, panel, first_key, n, skip, 1 if marked else 0)
     last_low, first_high = get_i64(bounds, 4 * panel + 2), get_i64(bounds, 4 * panel + 3)
     if last_low > first_key or first_high < first_key + n:
         lows, highs = w + p.at_low, w + p.at_high
@@ -277,15 +298,26 @@ def attend_tile(
         hide_masked(p.run_hide_masked, s, n, w + p.at_shown_tile)
         if staged & 4:  # values that the score_mod hides count as zeros: see the rescue
             for j in range(n):
-                if get_u8(w + p.at_shown_tile, j * p.lanes) == 0:
+                shown = get_u8(w + p.at_shown_tile, j * p.lanes)
+                if p.matrix:
+                    each_key_seen = False
+                    set_u8(w + p.at_seen, j, shown)
+                elif shown == 0:
                     clear(values + j * v_stride, v_stride)
     alpha = w + p.at_alpha
     running_max = w + p.at_row_max + panel * row_bytes
     row_sum = w + p.at_row_sum + panel * row_bytes
-    weights(p.run_weights, s, n, p.to_log2, running_max, alpha, row_sum)
+    if p.matrix and not p.dropout:
+        weigh_tile(params, w, panel, n, next_panel, next_keys, next_n)
+    else:
+        weights(p.run_weights, s, n, p.to_log2, running_max, alpha, row_sum)
     if p.dropout:
         drop(p.run_drop, s, n, first_key, p.threshold, p.seed, rows, heads, batch)
     if p.matrix:
+        if p.dropout:
+            split_tile(params, w, n)
+            if next_n:
+                score_tile(params, w, next_panel, next_keys, next_n)
         accumulate_tile(params, w, panel, values, n, each_key_seen)
         return
     if not each_key_seen:
@@ -396,39 +428,60 @@ def attend(params, w, batch, kv_head, count, panels, alone, chunk):
         keys, k_stride = k + begin * k_row, k_row
         values, v_stride = v + begin * v_row, v_row
         ready = False
-        for panel in range(panels):
-            first = larger(begin, get_i64(bounds, 4 * panel) // key_group * key_group)
-            last = smaller(end, get_i64(bounds, 4 * panel + 1))
-            blocks = masks.FULL
-            if p.kinds and first < last:
-                first, last, blocks = kept_keys(params, w, panel, first, last)
-            if first >= last:
-                continue
-            if not ready:  # nothing is copied for a block that no panel keeps
-                ready, n = True, end - begin
+        # With a matrix unit one tile waits, its scores standing, until the next is known.
+        waiting, wait_first, wait_n, wait_skip, wait_blocks, wait_values = 0, 0, 0, 0, 0, values
+        for turn in range(panels + 1 if p.matrix else panels):
+            panel, first, last, blocks = turn, begin, begin, masks.FULL
+            if turn < panels:
+                first = larger(begin, get_i64(bounds, 4 * panel) // key_group * key_group)
+                last = smaller(end, get_i64(bounds, 4 * panel + 1))
+                if p.kinds and first < last:
+                    first, last, blocks = kept_keys(params, w, panel, first, last)
+            skip = first % key_group if first < last else 0  # of the keys that no block keeps
+            first -= skip
+            n = larger(last - first, 0)
+            if n and not ready:  # nothing is copied for a block that no panel keeps
+                ready, size_k = True, end - begin
                 if alone:
-                    mark_visible(p.run_mark_visible, params, w, batch, begin, n, keep_k, keep_v)
+                    mark_visible(
+                        p.run_mark_visible, params, w, batch, begin, size_k, keep_k, keep_v
+                    )
                 if p.matrix:
-                    split_block(params, w, keys, values, n, alone)
+                    split_block(params, w, keys, values, size_k, alone)
                     if alone or begin < low:
-                        keep_block(params, w, n, low - begin, alone)
+                        keep_block(params, w, size_k, low - begin, alone)
                     keys, k_stride = w + p.at_keys, p.keys_stride
                     values, v_stride = w + p.at_values, 2
                 elif stage_k:
                     copied, k_stride = w + p.at_keys, p.keys_stride
-                    stage(p.run_stage, copied, k_stride, keys, k_row, k_dim, n, head_dim, keep_k)
+                    stage(
+                        p.run_stage, copied, k_stride, keys, k_row, k_dim, size_k, head_dim, keep_k
+                    )
                     keys = copied
                 if stage_v and not p.matrix:
                     copied, v_stride = w + p.at_values, p.values_stride
                     stage(
-                        p.run_stage, copied, v_stride, values, v_row, v_dim, n, head_dim_v, keep_v
-                    )
+                        p.run_stage, copied, v_stride, values, v_row, v_dim, size_k, head_dim_v,
+                        keep_v,
+                    )  # fmt: skip
                     values = copied
             at_k, at_v = keys + (first - begin) * k_stride, values + (first - begin) * v_stride
-            attend_tile(
-                params, w, batch, panel, first, last - first, blocks, at_k, k_stride, at_v,
-                v_stride, groups, staged,
-            )  # fmt: skip
+            next_n = 0
+            if p.matrix:
+                if n and not wait_n:
+                    score_tile(params, w, panel, at_k, n)
+                next_n = n
+                panel, waiting = waiting, panel
+                first, wait_first = wait_first, first
+                n, wait_n = wait_n, n
+                skip, wait_skip = wait_skip, skip
+                blocks, wait_blocks = wait_blocks, blocks
+                at_v, wait_values = wait_values, at_v
+            if n:
+                attend_tile(
+                    params, w, batch, panel, first, n, skip, blocks, at_k, k_stride, at_v,
+                    v_stride, groups, staged, waiting, at_k, next_n,
+                )  # fmt: skip
         block += block_k
     return True
 

@@ -22,6 +22,7 @@ keep_values = _call["keep_values"]
 split_weights = _call["split_weights"]
 matrix_scores = _call["matrix_scores"]
 add_rest_scores = _call["add_rest_scores"]
+weights_and_scores = _call["weights_and_scores"]
 matrix_accumulate = _call["matrix_accumulate"]
 add_rest_values = _call["add_rest_values"]
 
@@ -76,19 +77,59 @@ def keep_block(params, w, n, unseen, alone):
 def score_tile(params, w, panel, keys, n):
     """Scores of n keys of the block against a panel."""
     p = params_at(params)
-    s, product, head_dim, stride = w + p.at_scores_tile, w + p.at_product, p.head_dim, p.keys_stride
-    queries = w + p.at_queries + panel * p.panel_bytes
-    run, keys_part, queries_part = p.run_matrix_scores, p.keys_part, p.queries_part
-    matrix_scores(run, keys, keys_part, stride, n, queries, queries_part, s, head_dim)
+    s, queries = w + p.at_scores_tile, w + p.at_queries + panel * p.panel_bytes
+    run, part, stride, of_queries = p.run_matrix_scores, p.keys_part, p.keys_stride, p.queries_part
+    matrix_scores(run, keys, part, stride, n, queries, of_queries, s, p.head_dim)
+    add_rests(params, w, panel, keys, n)
+
+
+@kernel("iiiii>")
+def add_rests(params, w, panel, keys, n):
+    """Add what the rests, if there are any, make of the scores."""
+    p = params_at(params)
     of_keys = get_i64(w + p.at_has_rest, KEYS)
     of_queries = get_i64(w + p.at_has_rest, QUERIES + panel)
-    run, rest_keys, rest_queries = p.run_add_rest_scores, keys + keys_part, queries + queries_part
+    if of_keys + of_queries == 0:
+        return
+    s, product, head_dim, stride = w + p.at_scores_tile, w + p.at_product, p.head_dim, p.keys_stride
+    queries = w + p.at_queries + panel * p.panel_bytes
+    run, rest_keys, rest_queries = (
+        p.run_add_rest_scores,
+        keys + p.keys_part,
+        queries + p.queries_part,
+    )
     if of_keys:
         add_rest_scores(run, rest_keys, stride, n, queries, s, head_dim, product)
     if of_queries:
         add_rest_scores(run, keys, stride, n, rest_queries, s, head_dim, product)
     if of_keys and of_queries and p.rests_meet:
         add_rest_scores(run, rest_keys, stride, n, rest_queries, s, head_dim, product)
+
+
+@kernel("iiiiiii>")
+def weigh_tile(params, w, panel, n, next_panel, next_keys, next_n):
+    """Weights of a tile, in parts; its scores make room for those of the next, if there is one."""
+    p = params_at(params)
+    row_bytes, parts = p.lanes * p.real_bytes, w + p.at_weight_parts
+    maxima, sums = w + p.at_row_max + panel * row_bytes, w + p.at_row_sum + panel * row_bytes
+    queries, s, alpha = (
+        w + p.at_queries + next_panel * p.panel_bytes,
+        w + p.at_scores_tile,
+        w + p.at_alpha,
+    )
+    weights_and_scores(
+        p.run_weights_and_scores, s, n, p.to_log2, maxima, alpha, sums, parts, next_keys,
+        p.keys_part, p.keys_stride, next_n, queries, p.queries_part, p.head_dim,
+    )  # fmt: skip
+    if next_n:
+        add_rests(params, w, next_panel, next_keys, next_n)
+
+
+@kernel("iii>")
+def split_tile(params, w, n):
+    """Weights that stand, in parts."""
+    p = params_at(params)
+    split_weights(p.run_split_weights, w + p.at_scores_tile, n, w + p.at_weight_parts)
 
 
 @kernel("iiiiii>")
@@ -98,7 +139,7 @@ def accumulate_tile(params, w, panel, values, n, each_key_seen):
     What no row of the panel may see may hold anything: it is not even multiplied by 0.
     """
     p = params_at(params)
-    s, third, stride = w + p.at_scores_tile, w + p.at_third_parts, p.values_stride
+    weights, stride = w + p.at_weight_parts, p.values_stride
     columns, product, alpha = p.head_dim_v, w + p.at_product, w + p.at_alpha
     output = w + p.at_output + panel * columns * p.lanes * p.real_bytes
     part, has_rest = p.values_part, get_i64(w + p.at_has_rest, VALUES)
@@ -107,9 +148,8 @@ def accumulate_tile(params, w, panel, values, n, each_key_seen):
         for i in range(p.parts + has_rest):
             keep_values(run, seen + i * part, values + i * part, stride, n, columns, keep)
         values = seen
-    split_weights(p.run_split_weights, s, n, third)
     run = p.run_matrix_accumulate
-    matrix_accumulate(run, values, part, stride, n, s, third, output, columns, alpha, product)
+    matrix_accumulate(run, values, part, stride, n, weights, output, columns, alpha, product)
     if has_rest:
         run, rest = p.run_add_rest_values, values + part
-        add_rest_values(run, rest, stride, n, s, third, output, columns, product)
+        add_rest_values(run, rest, stride, n, weights, output, columns, product)

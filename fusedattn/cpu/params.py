@@ -29,6 +29,11 @@ STORAGE_NAME = {
     np.dtype(np.float64): "float64",
 }
 
+# Large items spare copies, but every thread should have so many of them; smaller ones than this
+# spare too little.
+ITEMS_PER_THREAD = 4
+FEWEST_PANELS = 4
+
 # Up to so many rows per head, the heads of a KV group share the lanes of an item.
 SHARED_ROWS = 96
 
@@ -58,7 +63,7 @@ _SCRATCH = (
     "seen_values", "shown_tile", "seen", "keep_k", "keep_v", "row_queries", "row_output", "row_max",
     "kinds", "row_sum", "alpha", "factor", "check", "q_rows", "out_rows", "mask_rows", "bias_rows",
     "low", "high", "position", "row", "head", "slope", "bounds", "bad", "exact", "partial",
-    "softcap_slope", "raw_tile", "query_rows", "third_parts", "product", "has_rest",
+    "softcap_slope", "raw_tile", "query_rows", "weight_parts", "product", "has_rest",
 )  # fmt: skip
 
 _INTEGERS = [
@@ -206,7 +211,9 @@ class Bound:
 class Template:
     """All that a call's record holds before its arrays are known; reused by calls alike."""
 
-    def __init__(self, problem: AttentionProblem, tile: Tile, natives: dict[str, int]) -> None:
+    def __init__(
+        self, problem: AttentionProblem, tile: Tile, natives: dict[str, int], threads: int
+    ) -> None:
         self.record = np.zeros((), PARAMS)
         self._tables: list[NDArray[Any]] = []
         for name, address in natives.items():
@@ -217,7 +224,7 @@ class Template:
         for name, table in zip(_LENGTH_NAMES, self._length_tables(lengths), strict=True):
             self._table(name, table)
         self._mask_words = lower_block_mask(problem, self.record)
-        _lower_work(problem, tile, self.record)
+        _lower_work(problem, tile, self.record, threads)
         lower_scores(problem, self.record)
         _lower_scratch(tile, self.record)
         self.scratch_bytes = int(self.record["scratch_bytes"])
@@ -423,20 +430,26 @@ def tile_of(problem: AttentionProblem) -> Tile:
     if problem.block_mask is not None and not takes_few_rows(problem):
         block_rows = problem.block_mask.block[0]  # the rows of an item of few share one panel
     storage, out_storage = STORAGE_NAME[problem.dtype], STORAGE_NAME[problem.out_dtype]
-    # A user's functions are asked about the keys that a block mask keeps and about no others, so
-    # tiles cannot begin where the matrix unit wants them to.
-    user = problem.score_mod is not None or problem.block_mask is not None
-    matrix = not (user or takes_few_rows(problem))
+    matrix = not takes_few_rows(problem)
     return tile_for(storage, out_storage, rows, block_rows=block_rows, matrix=matrix)
 
 
-def _lower_work(problem: AttentionProblem, tile: Tile, record: NDArray[Any]) -> None:
+def panels_per_item(problem: AttentionProblem, tile: Tile, threads: int) -> int:
+    """How many panels of rows an item has; no bit depends on it."""
+    panels, heads = tile.panels(problem.head_dim, problem.head_dim_v), heads_per_item(problem)
+    groups, rows = problem.batch_size * problem.num_heads // heads, heads * problem.seqlen_q
+    while panels > FEWEST_PANELS:
+        if groups * -(-rows // (panels * tile.lanes)) >= ITEMS_PER_THREAD * threads:
+            break
+        panels = -(-panels // 2)
+    return panels
+
+
+def _lower_work(problem: AttentionProblem, tile: Tile, record: NDArray[Any], threads: int) -> None:
     """Cut the output into items: (batch, group of heads, block of rows)."""
-    panels = tile.panels(problem.head_dim, problem.head_dim_v)
-    block = panels * tile.lanes
-    heads = heads_per_item(problem)
+    panels, heads = panels_per_item(problem, tile, threads), heads_per_item(problem)
     groups = problem.num_heads // heads
-    row_blocks = -(-heads * problem.seqlen_q // block)
+    row_blocks = -(-heads * problem.seqlen_q // (panels * tile.lanes))
     record["panels"], record["heads_per_item"], record["head_groups"] = panels, heads, groups
     record["row_blocks"], record["items"] = row_blocks, problem.batch_size * groups * row_blocks
     record["width"], record["lanes"], record["block_k"] = tile.width, tile.lanes, tile.block_k
@@ -497,7 +510,7 @@ def _lower_scratch(tile: Tile, record: NDArray[Any]) -> None:
         "exact": 4 * 8 * head_dim_v,
         "partial": int(record["partial_bytes"]),
         **dict.fromkeys(("softcap_slope", "raw_tile"), 0),  # the backward pass has them
-        **dict.fromkeys(("query_rows", "third_parts", "product", "has_rest"), 0),
+        **dict.fromkeys(("query_rows", "weight_parts", "product", "has_rest"), 0),
     }
     if record["matrix"]:
         sizes |= _matrix_scratch(tile, record)
@@ -529,7 +542,7 @@ def _matrix_scratch(tile: Tile, record: NDArray[Any]) -> dict[str, int]:
         "values": parts * int(record["values_part"]),
         "seen_values": parts * int(record["values_part"]),
         "query_rows": tile.parts * tile.lanes * dims * 2,
-        "third_parts": tile.block_k * tile.lanes * 2,
+        "weight_parts": 3 * tile.block_k * tile.lanes * 2,
         "product": MATRIX_KEYS * tile.lanes * tile.real_bytes,
         "has_rest": 8 * (2 + panels),
     }

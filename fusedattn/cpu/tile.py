@@ -125,10 +125,12 @@ class Tile:
         return whole_vectors and seqlen_q <= FEW_ROWS
 
     def panels(self, head_dim: int, head_dim_v: int) -> int:
-        """Return the number of panels of one work item."""
-        query_bytes, most = (2 * self.parts, 8) if self.matrix else (self.real_bytes, 4)
+        """Return the largest number of panels that one work item should have."""
+        query_bytes, most, room = self.real_bytes, 4, ITEM_BYTES
+        if self.matrix:  # what is copied of keys and values serves many panels
+            query_bytes, most, room = 2 * self.parts, 16, 2 * ITEM_BYTES
         panel = self.lanes * (head_dim * query_bytes + head_dim_v * self.real_bytes)
-        return max(1, min(most, ITEM_BYTES // panel))
+        return max(1, min(most, room // panel))
 
 
 # Speed of a panel of so many vectors, relative to three: it shares each broadcast among fewer FMAs,

@@ -25,10 +25,10 @@ from llvmlite import ir
 from fusedattn.cpu.micro.base import LOG2_E
 from fusedattn.cpu.micro.bias_gradients import BiasGradients
 from fusedattn.cpu.micro.gradients import GradientRows, Gradients
-from fusedattn.cpu.micro.matrix import Matrix
 from fusedattn.cpu.micro.panels import Panels
 from fusedattn.cpu.micro.parts import Parts
 from fusedattn.cpu.micro.passes import Passes
+from fusedattn.cpu.micro.pipeline import Pipeline
 from fusedattn.cpu.micro.rows import Rows
 from fusedattn.cpu.micro.softmax import UNSEEN
 from fusedattn.cpu.simd import define
@@ -63,8 +63,9 @@ GROUPS = {
         "split_weights": "iii>",
         "matrix_scores": "iiiiiiii>",
         "add_rest_scores": "iiiiiii>",
-        "matrix_accumulate": "iiiiiiiiii>",
-        "add_rest_values": "iiiiiiii>",
+        "weights_and_scores": "iifiiiiiiiiiii>",
+        "matrix_accumulate": "iiiiiiiii>",
+        "add_rest_values": "iiiiiii>",
     },
     "rows": {
         "row_scores": "iiiiiiiiii>",
@@ -109,7 +110,7 @@ _GROUPS = GROUPS | BACKWARD_GROUPS
 SIGNATURES = {name: letters for group in _GROUPS.values() for name, letters in group.items()}
 
 
-class _All(Panels, Parts, Matrix, Rows, Gradients, BiasGradients, Passes, GradientRows):
+class _All(Panels, Parts, Pipeline, Rows, Gradients, BiasGradients, Passes, GradientRows):
     """Every micro-kernel under its name."""
 
 

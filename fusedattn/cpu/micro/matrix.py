@@ -20,7 +20,7 @@ roundings of a subnormal float32: in a column of a block at most 2**10 additions
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
 
@@ -89,38 +89,54 @@ class Matrix(Kernels):
 
             self._each(e, e.offset(s, first, self.row_bytes), I64(count), add)
 
-    def split_weights(self, e: Emitter, s, n, third) -> None:
-        """Three parts of ``LIFT * weight`` as ``[key // 2][lane][key % 2]``, for whole groups.
+    def split_weights(self, e: Emitter, s, n, parts) -> None:
+        """Parts of ``LIFT * weight``, for whole groups of keys; see `_store_weights`.
 
-        The first two parts of a pair of keys take the place of its two rows of weights. What is
-        missing in the last group of 32 keys becomes 0.
+        What is missing in the last group of 32 keys becomes 0.
         """
         build = e.builder
-        whole = filled(e, n, MATRIX_KEYS)
-        with e.loop(build.sub(whole, n)) as i:
-            row = e.pointer(e.offset(s, build.add(n, i), self.row_bytes))
-            for v in range(self.tile.vectors):
-                self._store(e, e.splat_const(0.0), row, v)
-        mask, half = e.splat_int(-0x10000, e.i32vec), e.splat_int(16, e.i32vec)
+        self._fill_group(e, s, n, 0.0)
         self._stay_awake(e)
-        with e.loop(build.ashr(whole, I64(1))) as pair:
+        with e.loop(build.ashr(filled(e, n, MATRIX_KEYS), I64(1))) as pair:
             row = e.offset(s, pair, 2 * self.row_bytes)
-            rows = [e.pointer(row), e.pointer(build.add(row, I64(self.row_bytes)))]
-            targets = [*rows, e.pointer(e.offset(third, pair, self.row_bytes))]
+            rows = [e.pointer(build.add(row, I64(i * self.row_bytes))) for i in range(2)]
             for v in range(self.tile.vectors):
-                left = [build.fmul(self._load(e, row, v), e.splat_const(LIFT)) for row in rows]
-                for target in targets:
-                    raw = [build.bitcast(x, e.i32vec) for x in left]
-                    digits = [build.and_(x, mask) for x in raw]
-                    both = build.or_(build.lshr(raw[0], half), digits[1])
-                    e.store_at(both, target, v * LINE, LINE)
-                    left = [
-                        build.fsub(x, build.bitcast(d, e.vec))
-                        for x, d in zip(left, digits, strict=True)
-                    ]
+                self._store_weights(e, [self._load(e, row, v) for row in rows], parts, pair, v)
+
+    def _fill_group(self, e: Emitter, s, n, value: float) -> None:
+        """Fill up the last group of 32 keys of a tile."""
+        with e.loop(e.builder.sub(filled(e, n, MATRIX_KEYS), n)) as i:
+            row = e.pointer(e.offset(s, e.builder.add(n, i), self.row_bytes))
+            for v in range(self.tile.vectors):
+                self._store(e, e.splat_const(value), row, v)
+
+    def _store_weights(self, e: Emitter, pair_of_weights, parts, pair, v: int) -> None:
+        """Three parts of the lifted weights of two keys, as ``[key // 2][lane][key % 2]``.
+
+        Rows of the first two parts come in turns; those of the third follow after a whole tile.
+        """
+        build = e.builder
+        mask, half = e.splat_int(-0x10000, e.i32vec), e.splat_int(16, e.i32vec)
+        row = e.offset(parts, pair, 2 * self.row_bytes)
+        third = e.offset(build.add(parts, I64(self.third_part)), pair, self.row_bytes)
+        left = [build.fmul(x, e.splat_const(LIFT)) for x in pair_of_weights]
+        for target in (row, build.add(row, I64(self.row_bytes)), third):
+            raw = [build.bitcast(x, e.i32vec) for x in left]
+            # The last part is all that is left: its lower half is empty.
+            digits = raw if target is third else [build.and_(x, mask) for x in raw]
+            both = build.or_(build.lshr(raw[0], half), digits[1])
+            e.store_at(both, e.pointer(target), v * LINE, LINE)
+            left = [
+                build.fsub(x, build.bitcast(d, e.vec)) for x, d in zip(left, digits, strict=True)
+            ]
+
+    @property
+    def third_part(self) -> int:
+        """Where the third parts of weights begin."""
+        return self.tile.block_k * self.row_bytes
 
     def matrix_accumulate(
-        self, e: Emitter, values, v_part, v_stride, n, s, third, o, columns, alpha, product
+        self, e: Emitter, values, v_part, v_stride, n, weights, o, columns, alpha, product
     ) -> None:
         """``O[d][lane] = O[d][lane] * alpha[lane] + sum_j v[j][d] * weight[j][lane]``.
 
@@ -134,10 +150,10 @@ class Matrix(Kernels):
             return e.fma(total, factor, build.fmul(old, factors[v]))
 
         of_parts = [e.offset(values, i, v_part) for i in range(parts)]
-        self._value_tiles(e, of_parts, v_stride, n, s, third, o, columns, product, join)
+        self._value_tiles(e, of_parts, v_stride, n, weights, o, columns, product, join)
 
     def add_rest_values(
-        self, e: Emitter, values, v_stride, n, s, third, o, columns, product
+        self, e: Emitter, values, v_stride, n, weights, o, columns, product
     ) -> None:
         """``O[d][lane] += sum_j v[j][d] * weight[j][lane]`` of the rests of values."""
         lifts = 2 if self.tile.storage == "bfloat16" else 1
@@ -146,7 +162,7 @@ class Matrix(Kernels):
         def join(_: int, old: ir.Value, total: ir.Value) -> ir.Value:
             return e.fma(total, factor, old)
 
-        self._value_tiles(e, [values], v_stride, n, s, third, o, columns, product, join)
+        self._value_tiles(e, [values], v_stride, n, weights, o, columns, product, join)
 
     def _stay_awake(self, e: Emitter) -> None:
         """Give the matrix unit something to do between its products.
@@ -175,10 +191,13 @@ class Matrix(Kernels):
             [after + rows + v for v in range(vectors)],
         )
 
-    def _score_tiles(self, e: Emitter, k, k_stride, queries, first, head_dim, s, target) -> None:
+    def _score_tiles(
+        self, e: Emitter, k, k_stride, queries, first, head_dim, s, target, beside=None
+    ) -> None:
         """The scores of some tiles of keys from ``first`` on, to rows of s from ``target`` on.
 
-        ``k`` and ``queries`` are lists of parts.
+        ``k`` and ``queries`` are lists of parts. ``beside(step)(turn)``, if given, emits what is
+        done beside the products, after each product of two parts.
         """
         build = e.builder
         sums, rows, lanes = self._numbers()
@@ -196,11 +215,12 @@ class Matrix(Kernels):
                 [build.add(panel, I64(v * LINE)) for v in range(len(lanes))] for panel in panels
             ]
             pairs = PAIRS if len(k) > 1 else ((0, 0),)
-            self._multiply(e, left, k_stride, right, [row_stride] * len(right), pairs)
+            strides = [row_stride] * len(right)
+            self._multiply(e, left, k_stride, right, strides, pairs, beside and beside(step))
         self._store_tiles(e, sums, e.offset(s, target, self.row_bytes))
 
     def _value_tiles(
-        self, e: Emitter, values, v_stride, n, s, third, o, columns, product, join
+        self, e: Emitter, values, v_stride, n, weights, o, columns, product, join
     ) -> None:
         build = e.builder
         sums, rows, lanes = self._numbers()
@@ -217,8 +237,9 @@ class Matrix(Kernels):
                     ]
                     for part in column
                 ]
-                first_part = e.offset(s, group, MATRIX_KEYS * self.row_bytes)
+                first_part = e.offset(weights, group, MATRIX_KEYS * self.row_bytes)
                 second_part = build.add(first_part, I64(self.row_bytes))
+                third = build.add(weights, I64(self.third_part))
                 third_part = e.offset(third, group, ROWS * self.row_bytes)
                 right = [
                     [build.add(at, I64(v * LINE)) for v in range(len(lanes))]
@@ -236,20 +257,23 @@ class Matrix(Kernels):
                     self._store(e, total, row, v)
 
     def _multiply(
-        self, e: Emitter, left, left_stride, right, right_strides, pairs: Sequence[tuple[int, int]]
+        self, e: Emitter, left, left_stride, right, right_strides, pairs, beside=None
     ) -> None:
         """Add products of parts to the sums: left[part][row tile] times right[part][vector]."""
         sums, rows, lanes = self._numbers()
         of_rows = of_lanes = None
-        for i, j in pairs:
+        for turn, (i, j) in enumerate(pairs):
             if i != of_rows:
                 for number, at in zip(rows, left[i], strict=True):
                     self._load_tile(e, number, at, left_stride)
-            for v, number in enumerate(lanes):
-                if j != of_lanes:
-                    self._load_tile(e, number, right[j][v], right_strides[j])
+            if j != of_lanes:
+                for number, at in zip(lanes, right[j], strict=True):
+                    self._load_tile(e, number, at, right_strides[j])
+            if beside is not None:
+                beside(turn)
+            for v, lane in enumerate(lanes):
                 for m, row in enumerate(rows):
-                    self._instruct(e, "tdpbf16ps", I8(sums[m][v]), I8(row), I8(number))
+                    self._instruct(e, "tdpbf16ps", I8(sums[m][v]), I8(row), I8(lane))
             of_rows, of_lanes = i, j
 
     def _store_tiles(self, e: Emitter, sums: list[list[int]], target: ir.Value) -> None:

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 
@@ -43,6 +45,18 @@ EXP2 = {
 }
 
 
+Exponent = Callable[[ir.Value, int], ir.Value]
+
+
+class Maxima(NamedTuple):
+    """What the maxima of a tile make of its scores."""
+
+    factor: ir.Value  # to log2 units
+    shift: list[ir.Value]  # the running maximum of each vector
+    rescale: list[ir.Value]  # alpha
+    any_large: ir.Value  # bits of lanes whose maximum is large
+
+
 class Softmax(Kernels):
     """Scores become weights."""
 
@@ -52,9 +66,29 @@ class Softmax(Kernels):
         ``alpha`` becomes the power of two by which what was accumulated before must be rescaled.
         """
         build, vectors = e.builder, range(self.tile.vectors)
+        maxima = self._raise_maxima(e, s, n, to_log2, running_max, alpha)
+        sums = [e.variable(e.splat_const(0.0)) for _ in vectors]
+
+        def to_weights(exponent: Exponent) -> None:
+            with e.loop(n) as j:
+                row = e.pointer(e.offset(s, j, self.row_bytes))
+                for v in vectors:
+                    weight = self._weight(e, exponent(self._load(e, row, v), v))
+                    self._store(e, weight, row, v)
+                    build.store(build.fadd(build.load(sums[v]), weight), sums[v])
+
+        with self._each_exponent(e, maxima) as (then, other, fused, rounded_first):
+            with then:
+                to_weights(fused)
+            with other:
+                to_weights(rounded_first)
+        self._add_to_sums(e, row_sum, maxima, sums)
+
+    def _raise_maxima(self, e: Emitter, s, n, to_log2, running_max, alpha) -> Maxima:
+        """Bring the running maxima up to date with a tile of scores, and write ``alpha``."""
+        build, vectors = e.builder, range(self.tile.vectors)
         factor = e.splat(e.to_real(to_log2))
         lowest = e.splat_const(UNSEEN[e.bits])
-        floor = e.splat_const(-float(EXPONENT_BITS[e.bits]))
 
         # Two maxima in turn: one chain would wait for its own latency.
         largest = [[e.variable(lowest) for _ in vectors] for _ in range(2)]
@@ -79,24 +113,18 @@ class Softmax(Kernels):
             row_max = e.larger(build.load(largest[0][v]), build.load(largest[1][v]))
             new = e.larger(e.ceil(build.fmul(row_max, factor)), old[v])
             shift.append(new)
-            power, _ = self._split_exponent(e, e.larger(build.fsub(old[v], new), floor))
+            power, _ = self._split_exponent(e, e.larger(build.fsub(old[v], new), self._floor(e)))
             rescale.append(power)
             e.store(new, e.offset(running_max, v, self.vector_bytes), 16)
             e.store(power, e.offset(alpha, v, self.vector_bytes), 16)
             bits = build.bitcast(self._is_large(e, new), ir.IntType(self.tile.width))
             build.store(build.or_(build.load(any_large), bits), any_large)
+        return Maxima(factor, shift, rescale, build.load(any_large))
 
-        sums = [e.variable(e.splat_const(0.0)) for _ in vectors]
-
-        def to_weights(exponent: Any) -> None:
-            with e.loop(n) as j:
-                row = e.pointer(e.offset(s, j, self.row_bytes))
-                for v in vectors:
-                    x = e.at_least(exponent(self._load(e, row, v), v), floor)
-                    power, fraction = self._split_exponent(e, x)
-                    weight = build.fmul(self._polynomial(e, fraction, EXP2[e.bits]), power)
-                    self._store(e, weight, row, v)
-                    build.store(build.fadd(build.load(sums[v]), weight), sums[v])
+    @contextmanager
+    def _each_exponent(self, e: Emitter, maxima: Maxima) -> Iterator[Any]:
+        """Two branches, and how each finds the exponent of a weight from a score and its vector."""
+        build, (factor, shift, _, any_large) = e.builder, maxima
 
         def fused(score: ir.Value, v: int) -> ir.Value:
             return e.fma(score, factor, build.fneg(shift[v]))
@@ -107,16 +135,23 @@ class Softmax(Kernels):
             product = build.fsub(build.fmul(score, factor), shift[v])
             return build.select(self._is_large(e, shift[v]), product, fused(score, v))
 
-        none = ir.Constant(ir.IntType(self.tile.width), 0)
-        with build.if_else(build.icmp_unsigned("==", build.load(any_large), none)) as (then, other):
-            with then:
-                to_weights(fused)
-            with other:
-                to_weights(rounded_first)
+        none = build.icmp_unsigned("==", any_large, any_large.type(0))
+        with build.if_else(none) as (then, other):
+            yield then, other, fused, rounded_first
+
+    def _weight(self, e: Emitter, exponent: ir.Value) -> ir.Value:
+        power, fraction = self._split_exponent(e, e.at_least(exponent, self._floor(e)))
+        return e.builder.fmul(self._polynomial(e, fraction, EXP2[e.bits]), power)
+
+    def _add_to_sums(self, e: Emitter, row_sum, maxima: Maxima, sums: list[ir.Value]) -> None:
         before = self._vectors(e, row_sum)
-        for v in vectors:
-            total = e.fma(before[v], rescale[v], build.load(sums[v]))
+        for v, place in enumerate(sums):
+            total = e.fma(before[v], maxima.rescale[v], e.builder.load(place))
             e.store(total, e.offset(row_sum, v, self.vector_bytes), 16)
+
+    def _floor(self, e: Emitter) -> ir.Constant:
+        """The exponent that makes a weight 0."""
+        return e.splat_const(-float(EXPONENT_BITS[e.bits]))
 
     def _is_large(self, e: Emitter, x: ir.Value) -> ir.Value:
         limit = e.splat_const(2.0 ** (MANTISSA_BITS[e.bits] - 1))
