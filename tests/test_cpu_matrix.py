@@ -1,5 +1,6 @@
 """Products by the matrix unit keep every law, and what it cannot do does not show."""
 
+import math
 from unittest import mock
 
 import numpy as np
@@ -9,12 +10,12 @@ from hypothesis import settings
 from test_cpu_hidden import HIDING, KEYS, POISON, ROWS
 
 import fusedattn
-from fusedattn import dropout_mask
+from fusedattn import dropout_mask, make_block_mask
 from fusedattn.cpu import tile
 from fusedattn.cpu.tile import FEW_ROWS
 from fusedattn.problem import make_problem
 from fusedattn.reference import forward
-from fusedattn.testing import EVERYTHING, PLACEMENTS, Placed
+from fusedattn.testing import EVERYTHING, PLACEMENTS, Placed, forward_budget
 from fusedattn.testing.suite import make_suite
 
 needs_matrix_unit = pytest.mark.skipif(
@@ -187,6 +188,76 @@ def test_a_neighbour_with_subnormal_numbers_moves_no_bit():
     assert np.isfinite(expected[1][..., weighs_nothing]).any()
     q[:, :, 5, ::2], k[:, :, 77], v[:, :, 77, ::3] = TINY, 3 * TINY, 5 * TINY
     assert_same_bits(attention(q, k, v, **options), expected)
+
+
+@needs_matrix_unit
+def test_float32_values_that_are_subnormal_are_numbers():
+    q, k, v = operands("float32", rows=40, keys=200)
+    v = np.round(v * 2000) * np.float32(2.0**-149)
+    assert 0 < np.abs(v).max() < 2.0**-126
+    out = attention(q, k, v, causal=True)
+    expected = forward(make_problem(q, k, v, causal=True)).out
+    assert (np.abs(out - expected) <= 8 * 2.0**-149).all()
+    assert (expected != 0).mean() > 0.9
+
+
+@needs_matrix_unit
+@pytest.mark.parametrize("size", [2.0**55, 2.0**56, 2.0**100, np.finfo(np.float32).max])
+def test_a_neighbour_beyond_the_parts_of_float32_moves_no_bit(size):
+    """Who sees such numbers is computed in float64; who does not, as if they were not there."""
+    q, k, v = operands("float32", rows=70, keys=200)
+    mask = np.random.default_rng(3).random((70, 200)) < 0.5
+    sees_v = mask[:, 11]
+    blind = ~(mask[:, 9] | sees_v | (np.arange(70) == 5))
+    options = {"mask": mask, "return_lse": True}
+    clean = attention(q, k, v, **options)
+    q[:, :, 5, 0], k[:, :, 9, 3], v[:, :, 11, 4] = -size, size, size
+    out, lse = attention(q, k, v, **options)
+    assert_same_bits((out[:, :, blind], lse[:, :, blind]), tuple(x[:, :, blind] for x in clean))
+    problem = make_problem(q, k, v, **options)
+    budget, expected = forward_budget(problem), forward(problem)
+    assert (np.abs(out - expected.out) <= budget.out).all()
+    assert (np.abs(lse - expected.lse) <= budget.lse).all()
+    assert np.abs(out[:, :, sees_v, 4]).max() > size / 1e4
+
+
+@needs_matrix_unit
+def test_every_part_of_a_float32_counts():
+    """Weights of 1 and 0 bring back the values, and equal scores differ by their last digit."""
+    rng = np.random.default_rng(4)
+    keys = 80
+    k, scale = np.eye(keys, dtype=np.float32)[None] * 16, math.log(2)
+    v = (1 + rng.random((1, keys, 48), np.float32)) * np.float32(2.0) ** rng.integers(
+        -60, 50, (1, keys, 48)
+    ).astype(np.float32)
+    assert_same_bits(attention(k, k, v, scale=scale), v)
+    assert_same_bits(attention(k, k, -v, scale=scale), -v)
+    q = np.nextafter(np.ones((1, 32, 1), np.float32), np.float32(2))
+    lse = attention(q, q[:, :1], q[:, :1], scale=1.0, return_lse=True)[1]
+    assert (np.abs(lse - (1 + 2.0**-22)) < 2.0**-24).all()
+
+
+BLOCKS = ((128, 128), (32, 40), (7, 13))
+
+
+@needs_matrix_unit
+@each_type
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_a_block_mask_of_any_grid_has_the_bits_of_a_dense_one(dtype, block, with_mask):
+    """Its first kept key is seldom where a group of the matrix unit begins."""
+    q, k, v = operands(dtype, rows=300, keys=330)
+    seen = np.random.default_rng(5).random((300, 330)) < 0.4
+    documents = make_block_mask(
+        lambda b, h, q_idx, k_idx: (q_idx // 70 == k_idx // 70) & (k_idx % 77 > 5),
+        1, 1, 300, 330, block=block,
+    )  # fmt: skip
+    rows, keys = np.arange(300)[:, None], np.arange(330)
+    dense = (rows // 70 == keys // 70) & (keys % 77 > 5)
+    options = {"mask": seen} if with_mask else {}
+    mine = attention(q, k, v, block_mask=documents, return_lse=True, **options)
+    dense = dense & seen if with_mask else dense
+    assert_same_bits(mine, attention(q, k, v, mask=dense, return_lse=True))
 
 
 @needs_matrix_unit

@@ -34,7 +34,7 @@ KEYS, VALUES, QUERIES = 0, 1, 2
 def split_panel(params, w, panel):
     """Copy the queries of a panel."""
     p = params_at(params)
-    target, rows = w + p.at_queries + panel * p.panel_bytes, w + p.at_query_rows
+    target, rows = w + p.at_queries + panel * p.queries_bytes, w + p.at_query_rows
     table = w + p.at_q_rows + panel * p.lanes * 8
     part, q_dim, head_dim, sign = p.queries_part, p.q_dim, p.head_dim, p.query_sign
     has_rest = pack_queries(p.run_pack_queries, target, part, table, q_dim, head_dim, sign, rows)
@@ -77,7 +77,7 @@ def keep_block(params, w, n, unseen, alone):
 def score_tile(params, w, panel, keys, n):
     """Scores of n keys of the block against a panel."""
     p = params_at(params)
-    s, queries = w + p.at_scores_tile, w + p.at_queries + panel * p.panel_bytes
+    s, queries = w + p.at_scores_tile, w + p.at_queries + panel * p.queries_bytes
     run, part, stride, of_queries = p.run_matrix_scores, p.keys_part, p.keys_stride, p.queries_part
     matrix_scores(run, keys, part, stride, n, queries, of_queries, s, p.head_dim)
     add_rests(params, w, panel, keys, n)
@@ -92,7 +92,7 @@ def add_rests(params, w, panel, keys, n):
     if of_keys + of_queries == 0:
         return
     s, product, head_dim, stride = w + p.at_scores_tile, w + p.at_product, p.head_dim, p.keys_stride
-    queries = w + p.at_queries + panel * p.panel_bytes
+    queries = w + p.at_queries + panel * p.queries_bytes
     run, rest_keys, rest_queries = (
         p.run_add_rest_scores,
         keys + p.keys_part,
@@ -113,7 +113,7 @@ def weigh_tile(params, w, panel, n, next_panel, next_keys, next_n):
     row_bytes, parts = p.lanes * p.real_bytes, w + p.at_weight_parts
     maxima, sums = w + p.at_row_max + panel * row_bytes, w + p.at_row_sum + panel * row_bytes
     queries, s, alpha = (
-        w + p.at_queries + next_panel * p.panel_bytes,
+        w + p.at_queries + next_panel * p.queries_bytes,
         w + p.at_scores_tile,
         w + p.at_alpha,
     )

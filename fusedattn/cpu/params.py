@@ -78,7 +78,7 @@ _INTEGERS = [
     "key_group",  # tiles of scores begin at multiples of so many keys
     "parts",  # that each element has
     "rests_meet",  # 1: the product of two rests counts
-    "panel_bytes",  # of the queries of a panel
+    "queries_bytes",  # of the queries of a panel
     "queries_part",  # of one part of them, and so on
     "keys_part",
     "values_part",
@@ -535,9 +535,9 @@ def _matrix_scratch(tile: Tile, record: NDArray[Any]) -> dict[str, int]:
     record["keys_part"] = tile.block_k * keys_stride
     record["values_part"] = columns * values_stride
     parts = max(2, tile.parts)  # halves may have a rest
-    record["panel_bytes"] = parts * int(record["queries_part"])
+    record["queries_bytes"] = parts * int(record["queries_part"])
     return {
-        "queries": panels * int(record["panel_bytes"]),
+        "queries": panels * int(record["queries_bytes"]),
         "keys": parts * int(record["keys_part"]),
         "values": parts * int(record["values_part"]),
         "seen_values": parts * int(record["values_part"]),

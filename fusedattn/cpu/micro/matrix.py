@@ -75,6 +75,8 @@ class Matrix(Kernels):
 
     def add_rest_scores(self, e: Emitter, k, k_stride, n, queries, s, head_dim, product) -> None:
         """Add the scores of one part each, where not both are main parts."""
+        if self.tile.parts > 1:
+            return  # no element has a rest
         build, count = e.builder, ROW_TILES * ROWS
         factor = 1.0 / LIFT if self.tile.storage == "bfloat16" else 1.0
         limit = e.splat_const(MOST_WITH_REST)
@@ -156,6 +158,8 @@ class Matrix(Kernels):
         self, e: Emitter, values, v_stride, n, weights, o, columns, product
     ) -> None:
         """``O[d][lane] += sum_j v[j][d] * weight[j][lane]`` of the rests of values."""
+        if self.tile.parts > 1:
+            return
         lifts = 2 if self.tile.storage == "bfloat16" else 1
         factor = e.splat_const(LIFT**-lifts)
 
