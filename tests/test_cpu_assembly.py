@@ -97,18 +97,17 @@ def test_products_of_the_backward_pass_keep_their_sums_in_registers(target, dtyp
             assert not [line for line in body if stack in line], "\n".join(body)
 
 
-# For each product of the matrix unit with so many vectors of lanes: the instructions in its inner
-# loop that multiply, and those that load. Sums of two tiles of rows; values meet three parts of the
-# weights. The six products of float32 change the part of the rows four times, of the lanes five.
-HALF_PRODUCTS = {
-    "matrix_scores": lambda lanes: [2 * lanes, 2 + lanes],
-    "add_rest_scores": lambda lanes: [2 * lanes, 2 + lanes],
-    "matrix_accumulate": lambda lanes: [6 * lanes, 2 + 3 * lanes],
-    "add_rest_values": lambda lanes: [6 * lanes, 2 + 3 * lanes],
-}
-FLOAT_PRODUCTS = {
-    "matrix_scores": lambda lanes: [12 * lanes, 8 + 5 * lanes],
-    "matrix_accumulate": lambda lanes: [12 * lanes, 8 + 5 * lanes],
+# For each inner loop of the matrix unit: how many products of two parts it makes, for how many of
+# them it loads the rows, two tiles, and for how many the lanes. Values meet three parts of weights.
+MATRIX_PRODUCTS = {
+    "bfloat16": {
+        "matrix_scores": (1, 1, 1),
+        "add_rest_scores": (1, 1, 1),
+        "matrix_accumulate": (3, 1, 3),
+        "add_rest_values": (3, 1, 3),
+    },
+    "float16": {"matrix_scores": (4, 2, 3), "matrix_accumulate": (5, 3, 5)},
+    "float32": {"matrix_scores": (6, 4, 5), "matrix_accumulate": (6, 4, 5)},
 }
 
 
@@ -131,12 +130,13 @@ def matrix_kernels(dtype, rows):
 def test_products_of_the_matrix_unit_load_no_operand_twice_in_turn(dtype, rows, lanes):
     shape, kernels, stack = matrix_kernels(dtype, rows)
     assert shape.vectors == lanes
-    for name, counts in (FLOAT_PRODUCTS if dtype == "float32" else HALF_PRODUCTS).items():
+    for name, (products, of_rows, of_lanes) in MATRIX_PRODUCTS[dtype].items():
         bodies = [body for body in loops(kernels[name]) if any("tdpbf16ps" in x for x in body)]
         assert len(bodies) == 1
         found = [sum(word in x for x in bodies[0]) for word in ("tdpbf16ps", "tileloadd")]
-        assert found == counts(lanes), "\n".join(bodies[0])
-        # Six products have more addresses than there are registers for; those may go there.
+        expected = [2 * lanes * products, 2 * of_rows + lanes * of_lanes]
+        assert found == expected, "\n".join(bodies[0])
+        # Many products have more addresses than there are registers for; those may go there.
         kept = [line for line in bodies[0] if stack in line and not line.startswith("movq")]
         assert not kept, "\n".join(bodies[0])
         assert "tilestored" not in "".join(bodies[0])
@@ -148,7 +148,7 @@ def test_weights_beside_scores_stay_in_registers(dtype):
     _, kernels, stack = matrix_kernels(dtype, 4096)
     lines = kernels["weights_and_scores"]
     bodies = [body for body in loops(lines) if sum("vfmadd" in line for line in body) >= 4 * 6]
-    turns = 6 if dtype == "float32" else 1
+    turns = MATRIX_PRODUCTS[dtype]["matrix_scores"][0]
     assert len(bodies) == turns + 2  # one a turn, what is left, and one for large maxima
     for body in bodies:
         assert not [line for line in body if stack in line], "\n".join(body)

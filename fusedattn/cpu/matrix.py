@@ -102,8 +102,6 @@ def add_rests(params, w, panel, keys, n):
         add_rest_scores(run, rest_keys, stride, n, queries, s, head_dim, product)
     if of_queries:
         add_rest_scores(run, keys, stride, n, rest_queries, s, head_dim, product)
-    if of_keys and of_queries and p.rests_meet:
-        add_rest_scores(run, rest_keys, stride, n, rest_queries, s, head_dim, product)
 
 
 @kernel("iiiiiii>")

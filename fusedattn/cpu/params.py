@@ -77,7 +77,6 @@ _INTEGERS = [
     "matrix",  # 1: products by the matrix unit
     "key_group",  # tiles of scores begin at multiples of so many keys
     "parts",  # that each element has
-    "rests_meet",  # 1: the product of two rests counts
     "queries_bytes",  # of the queries of a panel
     "queries_part",  # of one part of them, and so on
     "keys_part",
@@ -359,7 +358,7 @@ def lower_scores(problem: AttentionProblem, record: NDArray[Any]) -> None:
     if record["matrix"]:
         # The matrix unit may lose up to 2**-114 (2**12 additions) of a score that is yet to be
         # scaled, and 2**-57 where the smallest part of one number meets a large one.
-        most = 64 if record["parts"] == 1 else 32
+        most = 32 if record["parts"] == 3 else 64
     record["exact"] = scale != 0.0 and not 2.0**-least < abs(scale) < 2.0**most
     record["natural_units"], record["scale"] = natural, scale
     if natural:
@@ -459,7 +458,7 @@ def _lower_work(problem: AttentionProblem, tile: Tile, record: NDArray[Any], thr
     few = takes_few_rows(problem)
     record["few_rows"], record["matrix"] = few, tile.matrix
     record["key_group"] = MATRIX_KEYS if record["matrix"] else 1
-    record["parts"], record["rests_meet"] = tile.parts, tile.storage == "float16"
+    record["parts"] = tile.parts
     chunk_keys = CHUNK_KEYS if few else 2**31
     record["chunk_keys"] = chunk_keys
     record["chunks"] = max(1, -(-problem.seqlen_k // chunk_keys))
@@ -534,7 +533,7 @@ def _matrix_scratch(tile: Tile, record: NDArray[Any]) -> dict[str, int]:
     record["queries_part"] = tile.lanes * dims * 2
     record["keys_part"] = tile.block_k * keys_stride
     record["values_part"] = columns * values_stride
-    parts = max(2, tile.parts)  # halves may have a rest
+    parts = max(2, tile.parts)  # bfloat16 may have a rest
     record["queries_bytes"] = parts * int(record["queries_part"])
     return {
         "queries": panels * int(record["queries_bytes"]),

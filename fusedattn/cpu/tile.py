@@ -103,8 +103,8 @@ class Tile:
 
     @property
     def parts(self) -> int:
-        """How many parts each element has for the matrix unit; halves may have a rest besides."""
-        return 3 if self.storage == "float32" else 1
+        """How many parts of 8 digits each element has for the matrix unit."""
+        return {"float32": 3, "float16": 2}.get(self.storage, 1)
 
     @property
     def lanes(self) -> int:

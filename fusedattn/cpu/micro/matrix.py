@@ -3,10 +3,10 @@
 One instruction adds to a tile of 16 x 16 float32 the product of 16 x 32 and 32 x 16 bfloat16. The
 products are exact. Each element takes two chains of 16 FMAs, for the even and the odd terms, which
 begin at zero and are added together and then to the tile: fewer roundings in a row than the chain
-of `Panels`. What is multiplied comes in exact parts, see `Parts`. The three parts of two float32
-numbers meet in six products, `PAIRS`. Of a half type, a rest is multiplied apart, and what it adds
-where it is zero is zero: whether a neighbour has a rest moves no bit of a row. Where an infinity
-would turn that zero into NaN, the score stays what the main parts made it.
+of `Panels`. What is multiplied comes in exact parts, see `Parts`: the three parts of two float32
+numbers meet in six products. A rest is multiplied apart, and what it adds where it is zero is zero:
+whether a neighbour has a rest moves no bit of a row. Where an infinity would turn that zero into
+NaN, the score stays what it was.
 
 A float32 weight, times ``LIFT``, is three parts of 8 digits, by truncation.
 
@@ -40,9 +40,16 @@ MOST_WITH_REST = 2.0**64
 # multiplied just fit the 8 tiles that there are.
 ROW_TILES = 2
 
-# Of two numbers in three parts: which parts are multiplied, of the left and the right one, mostly
-# from the smallest product to the largest, and in an order in which one of both often stays loaded.
-PAIRS = ((0, 2), (1, 1), (1, 0), (2, 0), (0, 1), (0, 0))
+# Which parts of two numbers are multiplied, of the left and the right one, by the number of parts:
+# of keys and queries, and of values and the three parts of weights. Mostly from the smallest
+# product to the largest, and in an order in which one of both often stays loaded.
+_OF_THREE = ((0, 2), (1, 1), (1, 0), (2, 0), (0, 1), (0, 0))
+SCORE_PAIRS = {1: ((0, 0),), 2: ((1, 0), (1, 1), (0, 1), (0, 0)), 3: _OF_THREE}
+VALUE_PAIRS = {
+    1: ((0, 0), (0, 1), (0, 2)),
+    2: ((0, 2), (1, 1), (1, 0), (0, 1), (0, 0)),
+    3: _OF_THREE,
+}
 
 # The layout of all tiles, as 64-bit words: palette 1; 64 bytes a row for each of the 8; 16 rows.
 CONFIGURATION = (1, 0, *(2 * (0x0040_0040_0040_0040,)), 0, 0, 0x1010_1010_1010_1010, 0)
@@ -74,18 +81,17 @@ class Matrix(Kernels):
             self._score_tiles(e, keys, k_stride, panels, first, head_dim, s, first)
 
     def add_rest_scores(self, e: Emitter, k, k_stride, n, queries, s, head_dim, product) -> None:
-        """Add the scores of one part each, where not both are main parts."""
+        """Add the scores of rests and numbers."""
         if self.tile.parts > 1:
             return  # no element has a rest
         build, count = e.builder, ROW_TILES * ROWS
-        factor = 1.0 / LIFT if self.tile.storage == "bfloat16" else 1.0
         limit = e.splat_const(MOST_WITH_REST)
         with self._steps(e, n) as first:
             self._score_tiles(e, [k], k_stride, [queries], first, head_dim, product, I64(0))
 
             def add(v: int, j: ir.Value, score: ir.Value) -> ir.Value:
                 rest = self._load(e, e.pointer(e.offset(product, j, self.row_bytes)), v)
-                total = e.fma(rest, e.splat_const(factor), score)
+                total = e.fma(rest, e.splat_const(1.0 / LIFT), score)
                 small = build.fcmp_ordered("<", e.absolute(score), limit)
                 return build.select(small, total, score)
 
@@ -145,7 +151,7 @@ class Matrix(Kernels):
         Without the rests of values; ``v_part`` bytes lie between their parts.
         """
         factors, parts = self._vectors(e, alpha), self.tile.parts
-        lifts = 2 if parts > 1 else 1  # values in three parts are lifted too
+        lifts = 2 if parts == 3 else 1  # values in three parts are lifted too
         build, factor = e.builder, e.splat_const(LIFT**-lifts)
 
         def join(v: int, old: ir.Value, total: ir.Value) -> ir.Value:
@@ -160,8 +166,7 @@ class Matrix(Kernels):
         """``O[d][lane] += sum_j v[j][d] * weight[j][lane]`` of the rests of values."""
         if self.tile.parts > 1:
             return
-        lifts = 2 if self.tile.storage == "bfloat16" else 1
-        factor = e.splat_const(LIFT**-lifts)
+        factor = e.splat_const(LIFT**-2)
 
         def join(_: int, old: ir.Value, total: ir.Value) -> ir.Value:
             return e.fma(total, factor, old)
@@ -218,7 +223,7 @@ class Matrix(Kernels):
             right = [
                 [build.add(panel, I64(v * LINE)) for v in range(len(lanes))] for panel in panels
             ]
-            pairs = PAIRS if len(k) > 1 else ((0, 0),)
+            pairs = SCORE_PAIRS[len(k)]
             strides = [row_stride] * len(right)
             self._multiply(e, left, k_stride, right, strides, pairs, beside and beside(step))
         self._store_tiles(e, sums, e.offset(s, target, self.row_bytes))
@@ -250,7 +255,7 @@ class Matrix(Kernels):
                     for at in (first_part, second_part, third_part)
                 ]
                 strides = [I64(rows_apart * self.row_bytes) for rows_apart in (2, 2, 1)]
-                pairs = PAIRS if len(values) > 1 else ((0, 0), (0, 1), (0, 2))
+                pairs = VALUE_PAIRS[len(values)]
                 self._multiply(e, left, v_stride, right, strides, pairs)
             self._store_tiles(e, sums, product)
             with e.loop(e.minimum(I64(count), build.sub(columns, first))) as d:

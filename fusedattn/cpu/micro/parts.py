@@ -1,13 +1,11 @@
 """Copies of what the matrix unit multiplies, in parts that are bfloat16.
 
-* A float32 element is three parts of 8 digits, which together are exact; values are lifted by
-  ``LIFT`` first. Whatever is `MOST` or more, an infinity or NaN has NaN for its parts: the rows
-  that see it end in the rescue, and nothing has to be fetched back from the ends of the range.
-* A float16 element is its 8 leading digits, the *main* part, and the *rest*, both exact. The
-  product of two elements is four products.
-* A bfloat16 element is one itself. But the matrix unit takes subnormal numbers for zeros, so those
-  have a rest: ``LIFT`` times the number, exact and normal. Almost no block has any, and without
-  one product will do.
+* A float32 element is three parts of 8 digits, a float16 element two, which together are exact.
+  Values of float32 are lifted by ``LIFT`` first. Whatever is `MOST` or more, an infinity or NaN has
+  NaN for its parts: the rows that see it end in the rescue, and nothing has to be fetched back from
+  the ends of the range.
+* A bfloat16 element is its own part. But the matrix unit takes subnormal numbers for zeros, so
+  those have a *rest*: ``LIFT`` times the number, exact and normal. Almost no block has any.
 
 Every copy is filled up with zeros to whole tiles.
 """
@@ -150,15 +148,16 @@ class Parts(Kernels):
                     split = []
                     for raw in rows:
                         self._note(e, raw, found)
-                        split += self._parts(e, raw, which, lift)
-                    wide = [build.zext(bits, e.i32vec) for bits in split]
+                        split.append(self._parts(e, raw, which, lift))
                     upper = e.splat_int(16, e.i32vec)
-                    pairs = [
-                        build.or_(low, build.shl(high, upper))
-                        for low, high in zip(wide[::2], wide[1::2], strict=True)
-                    ]
-                    for i, keys in enumerate(e.transpose(pairs)):
-                        e.store(keys, e.offset(places[0], i, target_stride), LINE)
+                    for at, numbers in zip(places, zip(*split, strict=True), strict=True):
+                        wide = [build.zext(bits, e.i32vec) for bits in numbers]
+                        pairs = [
+                            build.or_(low, build.shl(high, upper))
+                            for low, high in zip(wide[::2], wide[1::2], strict=True)
+                        ]
+                        for i, keys in enumerate(e.transpose(pairs)):
+                            e.store(keys, e.offset(at, i, target_stride), LINE)
             done = build.mul(blocks, I64(width))
             with (
                 e.loop(build.sub(columns, done)) as i,
@@ -188,7 +187,7 @@ class Parts(Kernels):
 
     @property
     def is_wide(self) -> bool:
-        """Whether elements are float32."""
+        """Whether elements have 32 bits."""
         return self.tile.storage == "float32"
 
     @property
@@ -196,11 +195,16 @@ class Parts(Kernels):
         """The type of the bits of an element."""
         return I32 if self.is_wide else I16
 
+    @property
+    def may_have_rest(self) -> bool:
+        """Whether elements may have a rest."""
+        return self.tile.storage == "bfloat16"
+
     def _always_and_rest(self, e: Emitter, write: Callable[[Sequence[int]], ir.Value]) -> ir.Value:
         """Write the parts that all elements have, and the rests if there are any; 1 if so."""
         parts = self.tile.parts
         found = write(range(parts))
-        if self.is_wide:
+        if not self.may_have_rest:
             return I64(0)
         with e.builder.if_then(found):
             write((parts,))
@@ -243,17 +247,12 @@ class Parts(Kernels):
         return build.or_(any_of(e, build.load(found)), any_of(e, build.load(found_one)))
 
     def _note(self, e: Emitter, raw: ir.Value, place: ir.Value) -> None:
-        """Note whether an element, by its bits, may have a rest."""
-        if self.is_wide:
+        """Note whether an element, by its bits, has a rest: where it is subnormal, 1 to 127."""
+        if not self.may_have_rest:
             return
         build, kind = e.builder, raw.type
-        if self.tile.storage == "bfloat16":  # subnormal: 1 to 127
-            size = build.and_(raw, like(kind, 0x7FFF))
-            before = build.sub(size, like(kind, 1))
-            has_rest = build.icmp_unsigned("<", before, like(kind, 0x7F))
-        else:
-            low = build.and_(raw, like(kind, 7))  # digits past the first 8
-            has_rest = build.icmp_unsigned("!=", low, like(kind, 0))
+        size = build.and_(raw, like(kind, 0x7FFF))
+        has_rest = build.icmp_unsigned("<", build.sub(size, like(kind, 1)), like(kind, 0x7F))
         build.store(build.or_(build.load(place), has_rest), place)
 
     def _parts(
@@ -267,59 +266,51 @@ class Parts(Kernels):
         lanes = raw.type.count if isinstance(raw.type, ir.VectorType) else 1
         shape = (lambda t: ir.VectorType(t, lanes)) if lanes > 1 else (lambda t: t)
         value = self._number(e, raw, shape)
-        if self.is_wide:
-            size = build.bitcast(build.and_(raw, like(shape(I32), 0x7FFFFFFF)), shape(FLOAT))
-            usable = build.fcmp_ordered("<", size, like(shape(FLOAT), MOST))
+        if not self.may_have_rest:
+            usable = build.fcmp_ordered("<", self._size(e, value, shape), like(shape(FLOAT), MOST))
             value = build.select(usable, value, like(shape(FLOAT), math.nan))
         if factor is not None:
             value = build.fmul(value, e.splat(factor) if lanes > 1 else factor)
-        if self.is_wide:
-            digits = self._three(e, value, shape)
+        if self.may_have_rest:
+            digits = [self._itself_or_rest(e, value, shape, number) for number in which]
         else:
-            digits = [self._main_or_rest(e, value, shape, number) for number in which]
+            digits = self._digits(e, value, shape)
         half = like(shape(I32), 16)
         return [build.trunc(build.lshr(x, half), shape(I16)) for x in digits]
 
     def _number(self, e: Emitter, raw: ir.Value, shape: Any) -> ir.Value:
         """Elements as float32."""
         build = e.builder
-        if self.is_wide:
+        if self.tile.storage == "float32":
             return build.bitcast(raw, shape(FLOAT))
         if self.tile.storage == "bfloat16":
             wide = build.shl(build.zext(raw, shape(I32)), like(shape(I32), 16))
             return build.bitcast(wide, shape(FLOAT))
         return build.fpext(build.bitcast(raw, shape(HALF)), shape(FLOAT))
 
-    def _three(self, e: Emitter, left: ir.Value, shape: Any) -> list[ir.Value]:
-        """Three parts that add up to a float32: each of the first two rounded to nearest.
+    def _size(self, e: Emitter, value: ir.Value, shape: Any) -> ir.Value:
+        bits = e.builder.bitcast(value, shape(I32))
+        return e.builder.bitcast(e.builder.and_(bits, like(shape(I32), 0x7FFFFFFF)), shape(FLOAT))
 
-        So what is left has at most half a unit of the part, and of the products of two numbers
-        the three that are not computed come to at most 2**-23 of it.
+    def _digits(self, e: Emitter, left: ir.Value, shape: Any) -> list[ir.Value]:
+        """Parts that add up to a number: all but the last are rounded to nearest.
+
+        So what is left has at most half a unit of the part, and of the products of two float32
+        numbers the three that are not computed come to at most 2**-23 of it.
         """
         build, parts = e.builder, []
-        for last in (False, False, True):
-            digits = build.bitcast(left, shape(I32))
-            if not last:
-                digits = build.add(digits, like(shape(I32), 0x8000))
-                digits = build.and_(digits, like(shape(I32), -0x10000))
-                left = build.fsub(left, build.bitcast(digits, shape(FLOAT)))
-            parts.append(digits)
-        return parts
+        for _ in range(self.tile.parts - 1):
+            digits = build.add(build.bitcast(left, shape(I32)), like(shape(I32), 0x8000))
+            parts.append(build.and_(digits, like(shape(I32), -0x10000)))
+            left = build.fsub(left, build.bitcast(parts[-1], shape(FLOAT)))
+        return [*parts, build.bitcast(left, shape(I32))]
 
-    def _main_or_rest(self, e: Emitter, value: ir.Value, shape: Any, number: int) -> ir.Value:
-        """The main part of a half type (number 0) or its rest (1), in the upper 16 bits."""
+    def _itself_or_rest(self, e: Emitter, value: ir.Value, shape: Any, number: int) -> ir.Value:
+        """A bfloat16 number (part 0) or its rest (1), in the upper 16 bits."""
         build = e.builder
-        digits = build.and_(build.bitcast(value, shape(I32)), like(shape(I32), -0x10000))
         if number == 0:
-            return digits
-        zero = like(shape(FLOAT), 0.0)
-        main = build.bitcast(digits, shape(FLOAT))
-        if self.tile.storage == "bfloat16":
-            lifted = build.fmul(value, like(shape(FLOAT), LIFT))
-            size = build.bitcast(build.and_(digits, like(shape(I32), 0x7FFFFFFF)), shape(FLOAT))
-            normal = like(shape(FLOAT), SMALLEST_NORMAL)
-            rest = build.select(build.fcmp_ordered("<", size, normal), lifted, zero)
-        else:  # of an infinity there is none
-            same = build.fcmp_ordered("==", value, main)
-            rest = build.select(same, zero, build.fsub(value, main))
-        return build.bitcast(rest, shape(I32))
+            return build.bitcast(value, shape(I32))
+        normal, zero = (like(shape(FLOAT), x) for x in (SMALLEST_NORMAL, 0.0))
+        lifted = build.fmul(value, like(shape(FLOAT), LIFT))
+        is_subnormal = build.fcmp_ordered("<", self._size(e, value, shape), normal)
+        return build.bitcast(build.select(is_subnormal, lifted, zero), shape(I32))

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from llvmlite import ir
 
-from fusedattn.cpu.micro.matrix import PAIRS, ROW_TILES, Matrix
+from fusedattn.cpu.micro.matrix import ROW_TILES, SCORE_PAIRS, Matrix
 from fusedattn.cpu.micro.parts import ROWS, filled
 from fusedattn.cpu.micro.softmax import Exponent, Softmax
 from fusedattn.cpu.simd import I64, Emitter
@@ -48,7 +48,7 @@ class Pipeline(Matrix, Softmax):
         numbers = range(self.tile.parts)
         keys = [e.offset(k, i, k_part) for i in numbers]
         panels = [e.offset(queries, i, part) for i in numbers]
-        turns = len(PAIRS) if len(numbers) > 1 else 1
+        turns = len(SCORE_PAIRS[len(numbers)])
         all_turns = build.mul(build.ashr(build.add(head_dim, I64(31)), I64(5)), I64(turns))
         # Rounded up: at the end of the turns all of the pairs are behind.
         shares = build.add(I64(PAIRS_OF_KEYS << UNIT_BITS), build.sub(all_turns, I64(1)))
