@@ -49,13 +49,19 @@ class Kernels:
             for v in range(self.tile.vectors)
         ]
 
-    def _polynomial(self, e: Emitter, x: ir.Value, coefficients: tuple[float, ...]) -> ir.Value:
-        value = e.splat_const(coefficients[-1])
+    def _polynomial(
+        self, e: Emitter, xs: list[ir.Value], coefficients: tuple[float, ...]
+    ) -> list[ir.Value]:
+        """Values of a polynomial, step by step for all: one alone would wait for its latency."""
+        values = [e.splat_const(coefficients[-1])] * len(xs)
         for coefficient in reversed(coefficients[:-1]):
-            value = e.fma(value, x, e.splat_const(coefficient))
-        return value
+            constant = e.splat_const(coefficient)
+            values = [e.fma(value, x, constant) for value, x in zip(values, xs, strict=True)]
+        return values
 
-    def _split_exponent(self, e: Emitter, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    def _split_exponent(
+        self, e: Emitter, xs: list[ir.Value]
+    ) -> tuple[list[ir.Value], list[ir.Value]]:
         """Return ``(2**n, x - n)`` for the integer n nearest to x, -EXPONENT_BITS <= n <= 0 or so.
 
         Adding 1.5 * 2**23 rounds to an integer and leaves it in the low bits; the exponent bias is
@@ -65,10 +71,11 @@ class Kernels:
         mantissa, bias = MANTISSA_BITS[e.bits], EXPONENT_BITS[e.bits]
         magic = e.splat_const(1.5 * 2.0**mantissa + bias)
         build = e.builder
-        shifted = build.fadd(x, magic)
-        fraction = build.fsub(x, build.fsub(shifted, magic))
-        power = build.shl(build.bitcast(shifted, e.ivec), e.splat_int(mantissa))
-        return build.bitcast(power, e.vec), fraction
+        shifted = [build.fadd(x, magic) for x in xs]
+        whole = [build.fsub(x, magic) for x in shifted]
+        fractions = [build.fsub(x, n) for x, n in zip(xs, whole, strict=True)]
+        powers = [build.shl(build.bitcast(x, e.ivec), e.splat_int(mantissa)) for x in shifted]
+        return [build.bitcast(power, e.vec) for power in powers], fractions
 
     def _register_tile(
         self,

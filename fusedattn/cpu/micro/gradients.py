@@ -16,7 +16,7 @@ from llvmlite import ir
 from fusedattn.cpu.micro.base import EXPONENT_BITS
 from fusedattn.cpu.micro.copies import Copies
 from fusedattn.cpu.micro.dropout import Dropout
-from fusedattn.cpu.micro.softmax import EXP2, Softmax
+from fusedattn.cpu.micro.softmax import Softmax
 from fusedattn.cpu.micro.transposed import Transposed
 from fusedattn.cpu.simd import I8, I64, Emitter
 
@@ -77,8 +77,7 @@ class Gradients(Softmax, Dropout):
                     # No weight is above 1. Where an lse is too coarse to say so, it must not
                     # become infinite.
                     x = build.select(build.fcmp_ordered(">", x, most), most, x)
-                    power, fraction = self._split_exponent(e, x)
-                    weight = build.fmul(self._polynomial(e, fraction, EXP2[e.bits]), power)
+                    (weight,) = self._exp2(e, [x])
                     weight = build.select(sees, build.fmul(weight, factors[v]), zero)
                     used, d_weight = drop(j, v, weight, self._load(e, d_row, v))
                     d_score = build.fmul(weight, build.fsub(d_weight, deltas[v]))

@@ -41,7 +41,6 @@ class Pipeline(Matrix, Softmax):
         build, vectors = e.builder, range(self.tile.vectors)
         maxima = self._raise_maxima(e, s, n, to_log2, running_max, alpha)
         self._fill_group(e, s, n, float("-inf"))
-        self._stay_awake(e)
         total = build.ashr(filled(e, n, MATRIX_KEYS), I64(1))
         sums = [e.variable(e.splat_const(0.0)) for _ in vectors]
         done = e.variable(I64(0))
@@ -61,11 +60,13 @@ class Pipeline(Matrix, Softmax):
                 pair = build.add(first, i)
                 row = e.offset(s, pair, 2 * self.row_bytes)
                 rows = [e.pointer(build.add(row, I64(m * self.row_bytes))) for m in range(2)]
+                loaded = [exponent(self._load(e, at, v), v) for v in vectors for at in rows]
+                found = self._weights(e, loaded)
                 for v in vectors:
-                    weights = [self._weight(e, exponent(self._load(e, at, v), v)) for at in rows]
-                    for weight in weights:
+                    pair_of_weights = found[2 * v : 2 * v + 2]
+                    for weight in pair_of_weights:
                         build.store(build.fadd(build.load(sums[v]), weight), sums[v])
-                    self._store_weights(e, weights, parts, pair, v)
+                    self._store_weights(e, pair_of_weights, parts, pair, v)
             build.store(limit, done)
 
         def next_scores(exponent: Exponent | None) -> None:

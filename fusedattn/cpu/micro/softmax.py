@@ -72,8 +72,8 @@ class Softmax(Kernels):
         def to_weights(exponent: Exponent) -> None:
             with e.loop(n) as j:
                 row = e.pointer(e.offset(s, j, self.row_bytes))
-                for v in vectors:
-                    weight = self._weight(e, exponent(self._load(e, row, v), v))
+                exponents = [exponent(self._load(e, row, v), v) for v in vectors]
+                for v, weight in enumerate(self._weights(e, exponents)):
                     self._store(e, weight, row, v)
                     build.store(build.fadd(build.load(sums[v]), weight), sums[v])
 
@@ -113,7 +113,8 @@ class Softmax(Kernels):
             row_max = e.larger(build.load(largest[0][v]), build.load(largest[1][v]))
             new = e.larger(e.ceil(build.fmul(row_max, factor)), old[v])
             shift.append(new)
-            power, _ = self._split_exponent(e, e.larger(build.fsub(old[v], new), self._floor(e)))
+            fall = e.larger(build.fsub(old[v], new), self._floor(e))
+            (power,), _ = self._split_exponent(e, [fall])
             rescale.append(power)
             e.store(new, e.offset(running_max, v, self.vector_bytes), 16)
             e.store(power, e.offset(alpha, v, self.vector_bytes), 16)
@@ -139,9 +140,14 @@ class Softmax(Kernels):
         with build.if_else(none) as (then, other):
             yield then, other, fused, rounded_first
 
-    def _weight(self, e: Emitter, exponent: ir.Value) -> ir.Value:
-        power, fraction = self._split_exponent(e, e.at_least(exponent, self._floor(e)))
-        return e.builder.fmul(self._polynomial(e, fraction, EXP2[e.bits]), power)
+    def _weights(self, e: Emitter, exponents: list[ir.Value]) -> list[ir.Value]:
+        return self._exp2(e, [e.at_least(x, self._floor(e)) for x in exponents])
+
+    def _exp2(self, e: Emitter, xs: list[ir.Value]) -> list[ir.Value]:
+        """Powers of two, 0 at the floor."""
+        powers, fractions = self._split_exponent(e, xs)
+        values = self._polynomial(e, fractions, EXP2[e.bits])
+        return [e.builder.fmul(x, power) for x, power in zip(values, powers, strict=True)]
 
     def _add_to_sums(self, e: Emitter, row_sum, maxima: Maxima, sums: list[ir.Value]) -> None:
         before = self._vectors(e, row_sum)
