@@ -301,6 +301,33 @@ def test_compiled_dual_numbers_are_those_of_numpy(name):
         np.testing.assert_allclose(one, other, rtol=atol, atol=atol)
 
 
+@each_backend
+def test_a_function_may_ask_how_long_the_tables_are_that_it_is_differentiated_by(backend):
+    q = normal(0, 2, 6, 4)
+    aux = (normal(3, 2, 9), normal(4, 5))
+    d_out = normal(5, 2, 6, 4)
+
+    def asks(score, b, h, q_idx, k_idx, table, gain):
+        return score * gain[k_idx % len(gain)] + table[h][q_idx % table.shape[1]] * table.ndim
+
+    def knows(score, b, h, q_idx, k_idx, table, gain):
+        return score * gain[k_idx % 5] + table[h][q_idx % 9] * 2
+
+    def gradients(score_mod):
+        arguments = {"score_mod": score_mod, "score_mod_aux": aux}
+        out, lse = attention(q, q, q, return_lse=True, **arguments)
+        d_lse = normal(6, *lse.shape)
+        return attention_backward(
+            d_out, q, q, q, out, lse, d_lse=d_lse, backend=backend, **arguments
+        )
+
+    found, expected = gradients(asks), gradients(knows)
+    assert np.abs(expected.d_score_mod_aux[0]).max() > 0.1
+    pairs = zip(found.d_score_mod_aux, expected.d_score_mod_aux, strict=True)
+    for one, other in [*pairs, *zip(found[:3], expected[:3], strict=True)]:
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
 def test_threads_and_blocks_of_keys_move_no_bit_of_the_gradients():
     q, k, v = normal(0, 3, 4, 200, 24), normal(1, 3, 2, 900, 24), normal(2, 3, 2, 900, 24)
     table, gain = normal(3, 4, 1200), normal(4, 3)

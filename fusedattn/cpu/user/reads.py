@@ -14,25 +14,33 @@ from typing import Any
 from numba import types
 from numba.core import cgutils
 from numba.core.imputils import lower_builtin
-from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import models, register_model
 
 from fusedattn.cpu.simd import I64
 from fusedattn.cpu.user.dual import Dual, make_dual
-from fusedattn.cpu.user.table import Table, held, index_types, read_element
+from fusedattn.cpu.user.table import Table, followed, members_of, read_element, rest_of
 
 # What a run is told and says, int64 each: how many reads there were, which one is wanted, and the
 # array and (flat, in C order) element that it found; the array is -1 if there was no such read.
 STATE = ("count", "wanted", "array", "element")
 
 
-class Observed(types.Type):
+class Observed(Table):
     """A table of floats, whose elements are read as duals."""
 
     def __init__(self, storage: str, dtype: Any, ndim: int, number: int, real: Any) -> None:
-        self.storage, self.dtype, self.ndim = storage, dtype, ndim
         self.number, self.real = number, real
-        super().__init__(name=f"Observed({storage}, {dtype}, {ndim}, {number}, {real})")
+        name = f"Observed({storage}, {dtype}, {ndim}, {number}, {real})"
+        super().__init__(storage, dtype, ndim, name)
+
+    @property
+    def element(self) -> Any:
+        """Type of an element as the function sees it."""
+        return Dual(self.real)
+
+    def of_axes(self, ndim: int) -> Observed:
+        """Return the type of what is left of such a table where leading axes are indexed."""
+        return Observed(self.storage, self.dtype, ndim, self.number, self.real)
 
 
 def observed(table: Table, number: int, real: Any) -> Any:
@@ -45,10 +53,9 @@ def observed(table: Table, number: int, real: Any) -> Any:
 @register_model(Observed)
 class _ObservedModel(models.StructModel):
     def __init__(self, manager: Any, kind: Observed) -> None:
-        integers = types.UniTuple(types.int64, kind.ndim)
-        members = [("data", types.int64), ("shape", integers), ("strides", integers)]
         # Of what was indexed already: the flat element so far.
-        super().__init__(manager, kind, [*members, ("state", types.int64), ("first", types.int64)])
+        more = [("state", types.int64), ("first", types.int64)]
+        super().__init__(manager, kind, members_of(kind) + more)
 
 
 def with_state(context: Any, builder: Any, kind: Any, value: Any, state: Any) -> Any:
@@ -60,45 +67,19 @@ def with_state(context: Any, builder: Any, kind: Any, value: Any, state: Any) ->
     return table._getvalue()
 
 
-@infer_global(operator.getitem)
-class _GetItem(AbstractTemplate):
-    def generic(self, args: Any, kws: Any) -> Any:
-        del kws
-        table, index = args
-        if not isinstance(table, Observed):
-            return None
-        parts = index_types(index)
-        if parts is None or len(parts) > table.ndim:
-            return None
-        left = table.ndim - len(parts)
-        rest = Observed(table.storage, table.dtype, left, table.number, table.real)
-        return signature(rest if left else Dual(table.real), table, index)
-
-
 @lower_builtin(operator.getitem, Observed, types.Any)
 def _getitem(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-    kind, index = sig.args
-    table = cgutils.create_struct_proxy(kind)(context, builder, value=args[0])
-    parts = index_types(index) or ()
-    values = (
-        cgutils.unpack_tuple(builder, args[1]) if isinstance(index, types.BaseTuple) else [args[1]]
-    )
-    lengths, strides = (cgutils.unpack_tuple(builder, t) for t in (table.shape, table.strides))
-    address, element = table.data, table.first
-    for value, part, length, stride in zip(values, parts, lengths, strides, strict=False):
-        place = held(builder, context.cast(builder, value, part, types.int64), length)
-        address = builder.add(address, builder.mul(place, stride))
+    kind = sig.args[0]
+    table, address, places = followed(context, builder, sig, args)
+    element = table.first
+    for place, length in places:
         element = builder.add(builder.mul(element, length), place)
     if isinstance(sig.return_type, Observed):
-        rest = cgutils.create_struct_proxy(sig.return_type)(context, builder)
-        rest.data, rest.state, rest.first, done = address, table.state, element, len(parts)
-        left = types.UniTuple(types.int64, kind.ndim - done)
-        rest.shape = context.make_tuple(builder, left, lengths[done:])
-        rest.strides = context.make_tuple(builder, left, strides[done:])
+        rest = rest_of(context, builder, table, sig.return_type, address)
+        rest.state, rest.first = table.state, element
         return rest._getvalue()
-    plain = Table(kind.storage, kind.dtype, 1)
     value = context.cast(
-        builder, read_element(context, builder, plain, address), kind.dtype, kind.real
+        builder, read_element(context, builder, kind, address), kind.dtype, kind.real
     )
     state = builder.inttoptr(table.state, I64.as_pointer())
     count, wanted, array, found = (builder.gep(state, [I64(i)]) for i in range(len(STATE)))

@@ -34,9 +34,18 @@ HALF_TYPES = ("float16", "bfloat16")
 class Table(types.Type):
     """An aux array of a storage type, whose elements are read as ``dtype``."""
 
-    def __init__(self, storage: str, dtype: Any, ndim: int) -> None:
+    def __init__(self, storage: str, dtype: Any, ndim: int, name: str = "") -> None:
         self.storage, self.dtype, self.ndim = storage, dtype, ndim
-        super().__init__(name=f"Table({storage}, {dtype}, {ndim})")
+        super().__init__(name=name or f"Table({storage}, {dtype}, {ndim})")
+
+    @property
+    def element(self) -> Any:
+        """Type of an element as the function sees it."""
+        return self.dtype
+
+    def of_axes(self, ndim: int) -> Table:
+        """Return the type of what is left of such a table where leading axes are indexed."""
+        return Table(self.storage, self.dtype, ndim)
 
 
 def table_type(storage: str, ndim: int, real: Any) -> Table:
@@ -51,12 +60,16 @@ def words_of(ndim: int) -> int:
     return 1 + 2 * ndim
 
 
+def members_of(kind: Table) -> list[tuple[str, Any]]:
+    """Return the members of a table in memory: strides are in bytes."""
+    integers = types.UniTuple(types.int64, kind.ndim)
+    return [("data", types.int64), ("shape", integers), ("strides", integers)]
+
+
 @register_model(Table)
 class _TableModel(models.StructModel):
     def __init__(self, manager: Any, kind: Table) -> None:
-        integers = types.UniTuple(types.int64, kind.ndim)
-        members = [("data", types.int64), ("shape", integers), ("strides", integers)]
-        super().__init__(manager, kind, members)
+        super().__init__(manager, kind, members_of(kind))
 
 
 def read_table(context: Any, builder: Any, kind: Table, words: Any, first: int) -> Any:
@@ -94,31 +107,45 @@ class _GetItem(AbstractTemplate):
         if parts is None or len(parts) > table.ndim:
             return None
         left = table.ndim - len(parts)
-        result = Table(table.storage, table.dtype, left) if left else table.dtype
-        return signature(result, table, index)
+        return signature(table.of_axes(left) if left else table.element, table, index)
 
 
 @lower_builtin(operator.getitem, Table, types.Any)
 def _getitem(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    table, address, _ = followed(context, builder, sig, args)
+    if isinstance(sig.return_type, Table):
+        return rest_of(context, builder, table, sig.return_type, address)._getvalue()
+    return read_element(context, builder, sig.args[0], address)
+
+
+def followed(
+    context: Any, builder: Any, sig: Any, args: Any
+) -> tuple[Any, Any, list[tuple[Any, Any]]]:
+    """Follow an index into a table: the table, the address, and each (place, length) of an axis."""
     kind, index = sig.args
     table = cgutils.create_struct_proxy(kind)(context, builder, value=args[0])
-    parts = index_types(index) or ()
     values = (
         cgutils.unpack_tuple(builder, args[1]) if isinstance(index, types.BaseTuple) else [args[1]]
     )
     lengths, strides = (cgutils.unpack_tuple(builder, t) for t in (table.shape, table.strides))
-    address = table.data
+    address, places = table.data, []
+    parts = index_types(index) or ()
     for value, part, length, stride in zip(values, parts, lengths, strides, strict=False):
         place = held(builder, context.cast(builder, value, part, types.int64), length)
         address = builder.add(address, builder.mul(place, stride))
-    if isinstance(sig.return_type, Table):
-        rest = cgutils.create_struct_proxy(sig.return_type)(context, builder)
-        rest.data, done = address, len(parts)
-        left = types.UniTuple(types.int64, kind.ndim - done)
-        rest.shape = context.make_tuple(builder, left, lengths[done:])
-        rest.strides = context.make_tuple(builder, left, strides[done:])
-        return rest._getvalue()
-    return read_element(context, builder, kind, address)
+        places.append((place, length))
+    return table, address, places
+
+
+def rest_of(context: Any, builder: Any, table: Any, kind: Table, address: Any) -> Any:
+    """Return the table of the last axes of a table, which begins at an address."""
+    rest = cgutils.create_struct_proxy(kind)(context, builder)
+    rest.data = address
+    lengths, strides = (cgutils.unpack_tuple(builder, t) for t in (table.shape, table.strides))
+    left = types.UniTuple(types.int64, kind.ndim)
+    rest.shape = context.make_tuple(builder, left, lengths[-kind.ndim :])
+    rest.strides = context.make_tuple(builder, left, strides[-kind.ndim :])
+    return rest
 
 
 def held(builder: Any, index: Any, length: Any) -> Any:
