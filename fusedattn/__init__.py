@@ -5,20 +5,12 @@ this package loads NumPy and `ml_dtypes` alone; the compiler comes with the firs
 it.
 """
 
-from fusedattn.api import (
-    attention,
-    attention_weights,
-    dropout_mask,
-    explain,
-    get_num_threads,
-    plan,
-    set_num_threads,
-    warmup,
-)
+from fusedattn.api import attention, attention_weights, dropout_mask, explain, plan
 from fusedattn.block_mask import BlockMask, make_block_mask
 from fusedattn.gradients import attention_backward
 from fusedattn.merge import merge
 from fusedattn.problem import Gradients, make_problem
+from fusedattn.runtime import get_num_threads, set_num_threads, warmup
 
 __version__ = "0.1.0"
 

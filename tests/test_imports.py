@@ -47,15 +47,14 @@ MAY_IMPORT = {
         "arrays",
         "block_mask",
         "checks",
-        "cpu",
         "dispatch",
-        "merge",
         "plan",
         "problem",
         "reference",
     },
     "gradients": {"block_mask", "checks", "functions", "dispatch", "problem"},
-    "": {"api", "block_mask", "gradients", "merge", "problem"},
+    "runtime": {"checks", "cpu", "dispatch"},
+    "": {"api", "block_mask", "gradients", "merge", "problem", "runtime"},
     # The kit judges other people's kernels: it knows the specification and no kernel of ours.
     "testing": {
         "block_mask",
@@ -92,6 +91,7 @@ OUTSIDE = {
     "arrays": {"numpy", "ml_dtypes"},
     "api": {"numpy"},
     "gradients": {"numpy"},
+    "runtime": {"numpy"},
     "": set(),
     "interop": {"numpy", "ml_dtypes", "torch", "jax"},
 }
