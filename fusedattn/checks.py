@@ -1,7 +1,7 @@
 """Checks of single arguments: each returns the canonical value or raises.
 
 Every message names the argument, says what it is (type, dtype, shape or value) and what was
-expected. `fusedattn.problem` puts them together; nothing below it checks again.
+expected. `fusedattn.operands` and `fusedattn.problem` put them together; no backend checks again.
 """
 
 import math

@@ -78,6 +78,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+# Rows, keys and offsets stay below this, so that positions and their sums fit 32 bits with room.
+MAX_SEQLEN = 2**30
 # An open side of a window. Positions stay below 2**31 in magnitude: adding this passes every key.
 UNBOUNDED = 2**31
 

@@ -8,17 +8,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fusedattn import checks
+from fusedattn import checks, operands
 from fusedattn.block_mask import BlockMask
 from fusedattn.checks import Array
 from fusedattn.functions import UserFunction, user_function
-from fusedattn.masks import UNBOUNDED, KeyRange, relative_bounds, visible_pairs
-
-# Rows, keys and offsets stay below this, so that positions and their sums fit 32 bits with room.
-MAX_SEQLEN = 2**30
+from fusedattn.masks import MAX_SEQLEN, UNBOUNDED, KeyRange, relative_bounds, visible_pairs
 
 _SCORES = "(..., heads, seqlen_q, seqlen_k)"
-_AXES = {"bhsd": "(..., heads, seqlen, dim)", "bshd": "(..., seqlen, heads, dim)"}
 
 
 class Result(NamedTuple):
@@ -247,7 +243,7 @@ def make_problem(
     Traceback (most recent call last):
     TypeError: window_size must be a pair (left, right), each None (open) or an int >= 0, ...
     """
-    q, k, v = _operands(q, k, v, layout)
+    q, k, v = operands.canonical(q, k, v, layout)
     dtype = q.dtype
     accumulator = checks.ACCUMULATOR[dtype]
     seqlen_q, seqlen_k = q.shape[-2], k.shape[-2]
@@ -264,16 +260,16 @@ def make_problem(
         bias_shape = bias.shape
         bias = checks.broadcast("bias", bias, scores_shape, _SCORES)
     if alibi_slopes is not None:
-        alibi_slopes = _alibi_slopes(alibi_slopes, q.shape[:-2])
+        alibi_slopes = operands.alibi_slopes(alibi_slopes, q.shape[:-2])
     if sinks is not None:
-        sinks = _sinks(sinks, q.shape[-3])
+        sinks = operands.sinks(sinks, q.shape[-3])
     function = None
     if score_mod is not None:
         function = user_function("score_mod", score_mod, score_mod_aux)
     elif len(score_mod_aux):
         raise ValueError("score_mod_aux must be () without a score_mod, but is given")
     if block_mask is not None:
-        check_block_mask(block_mask, batch[1], q.shape[-3], seqlen_q, seqlen_k)
+        operands.check_block_mask(block_mask, batch[1], q.shape[-3], seqlen_q, seqlen_k)
     if window_size is not None:
         window_size = checks.window(window_size, UNBOUNDED)
     dropout_p, seed = checks.dropout(dropout_p, seed)
@@ -282,7 +278,7 @@ def make_problem(
         inputs = {"q": q, "k": k, "v": v, "mask": mask, "bias": bias}
         inputs |= {"alibi_slopes": alibi_slopes, "sinks": sinks}
         inputs |= {} if function is None else function.named_aux()
-        out = _out(out, (*q.shape[:-1], v.shape[-1]), out_dtype, layout, inputs)
+        out = operands.output(out, (*q.shape[:-1], v.shape[-1]), out_dtype, layout, inputs)
 
     return AttentionProblem(
         q=q,
@@ -330,78 +326,6 @@ def make_lengths(
     return Lengths(offset, used_q, used_k)
 
 
-def check_block_mask(
-    value: object, batch_size: int, heads: int, seqlen_q: int, seqlen_k: int
-) -> None:
-    """Check that a block mask was made for calls of this shape."""
-    if not isinstance(value, BlockMask):
-        raise TypeError(
-            "block_mask must be a BlockMask, as make_block_mask returns, but is "
-            f"{checks.describe(value)}"
-        )
-    wanted = (batch_size, heads, seqlen_q, seqlen_k)
-    axes = zip(value.shape, wanted, (True, True, False, False), strict=True)
-    if not all(has == needs or (may_be_one and has == 1) for has, needs, may_be_one in axes):
-        raise ValueError(
-            "block_mask must be made for (batch, heads, seqlen_q, seqlen_k) = "
-            f"{wanted}, or 1 in the place of batch or heads, but was made for {value.shape}"
-        )
-
-
-def _operands(q: object, k: object, v: object, layout: str) -> tuple[Array, Array, Array]:
-    """Check q, k and v and view them in canonical axis order."""
-    if layout not in ("bhsd", "bshd"):
-        raise ValueError(f"layout must be 'bhsd' or 'bshd', but is {checks.describe(layout)}")
-    arrays = (
-        checks.float_array("q", q),
-        checks.float_array("k", k),
-        checks.float_array("v", v),
-    )
-    for name, array in zip("qkv", arrays, strict=True):
-        if array.dtype != arrays[0].dtype:
-            raise TypeError(
-                f"{name} must have q's dtype {arrays[0].dtype}, but has dtype {array.dtype}"
-            )
-        if array.ndim < 3 or array.ndim != arrays[0].ndim:
-            ranks = "at least 3 axes" if name == "q" else f"{arrays[0].ndim} axes as q"
-            raise ValueError(
-                f"{name} must have {ranks}, {_AXES[layout]}, but has shape {array.shape}"
-            )
-    if layout == "bshd":
-        arrays = tuple(array.swapaxes(-3, -2) for array in arrays)  # type: ignore[assignment]
-    _check_shapes(*arrays, layout)
-    return arrays
-
-
-def _check_shapes(q: Array, k: Array, v: Array, layout: str) -> None:
-    """Check that three canonical views fit together; `layout` is for the messages."""
-    *batch, heads, seqlen_q, dim = q.shape
-    *batch_k, heads_kv, seqlen_k, dim_k = k.shape
-    *batch_v, heads_v, seqlen_v, dim_v = v.shape
-    fault = None
-    if batch_k != batch or batch_v != batch:
-        fault = "the leading axes of q, k and v must be equal"
-    elif heads_v != heads_kv:
-        fault = f"v must have as many heads as k ({heads_kv}), but has {heads_v}"
-    elif seqlen_v != seqlen_k:
-        fault = f"v must have the length of k ({seqlen_k}), but has length {seqlen_v}"
-    elif dim_k != dim:
-        fault = f"k must have the head_dim of q ({dim}), but has {dim_k}"
-    elif dim == 0 or dim_v == 0:
-        fault = f"head_dim and head_dim_v must be at least 1, but are {dim} and {dim_v}"
-    elif heads_kv == 0 and heads != 0:
-        fault = f"k must have at least one head where q has any, but has 0 and q has {heads}"
-    elif heads_kv and heads % heads_kv:
-        fault = f"the heads of q must be a multiple of k's ({heads_kv}), but are {heads}"
-    elif seqlen_q > MAX_SEQLEN or seqlen_k > MAX_SEQLEN:
-        fault = f"seqlen must be at most 2**30, but is {seqlen_q} for q and {seqlen_k} for k"
-    if fault is not None:
-        swap = (lambda array: array.swapaxes(-3, -2).shape) if layout == "bshd" else np.shape
-        raise ValueError(
-            f"{fault}; shapes in the order {_AXES[layout]}: q {swap(q)}, k {swap(k)}, v {swap(v)}"
-        )
-
-
 def _per_item(
     name: str, value: Any, default: int, problem: tuple[tuple[int, ...], int], low: int, high: int
 ) -> NDArray[np.int64]:
@@ -413,38 +337,7 @@ def _per_item(
     return filled
 
 
-def _alibi_slopes(value: object, heads_shape: tuple[int, ...]) -> Array:
-    slopes = checks.float_array("alibi_slopes", value)
-    if slopes.ndim == 0 or slopes.shape[-1] != heads_shape[-1]:
-        raise ValueError(
-            f"alibi_slopes must have shape (heads,) or (..., heads) with {heads_shape[-1]} heads, "
-            f"but has shape {slopes.shape}"
-        )
-    return checks.broadcast("alibi_slopes", slopes, heads_shape, "(..., heads)")
-
-
-def _sinks(value: object, heads: int) -> Array:
-    sinks = checks.float_array("sinks", value)
-    if sinks.shape != (heads,):
-        raise ValueError(f"sinks must have shape (heads,) = ({heads},), but has {sinks.shape}")
-    return sinks
-
-
 def _scale(value: Any, head_dim: int, accumulator: np.dtype[Any]) -> float:
     if value is None:
         return 1.0 / math.sqrt(head_dim)
     return checks.real_in("scale", value, accumulator)
-
-
-def _out(
-    value: object,
-    shape: tuple[int, ...],
-    dtype: np.dtype[Any],
-    layout: str,
-    inputs: dict[str, Array | None],
-) -> Array:
-    """Check the caller's `out` in the caller's layout and view it canonically."""
-    if layout == "bshd":
-        shape = (*shape[:-3], shape[-2], shape[-3], shape[-1])
-    out = checks.output(value, shape, dtype, inputs)
-    return out.swapaxes(-3, -2) if layout == "bshd" else out

@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "pointwise": {"functions"},
     "slopes": {"functions", "pointwise"},
     "block_mask": {"checks", "functions", "masks", "pointwise"},
-    "problem": {"block_mask", "checks", "functions", "masks"},
+    "operands": {"block_mask", "checks", "masks"},
+    "problem": {"block_mask", "checks", "functions", "masks", "operands"},
     "reference": {"pointwise", "problem", "slopes"},
     "blocked": {"blocked", "masks", "merge", "philox", "pointwise", "problem", "slopes"},
     "cpu": {
@@ -83,6 +84,7 @@ OUTSIDE = {
     "pointwise": {"numpy"},
     "slopes": {"numpy"},
     "block_mask": {"numpy", "matplotlib"},
+    "operands": {"numpy"},
     "problem": {"numpy"},
     "reference": {"numpy", "ml_dtypes"},
     "blocked": {"numpy"},

@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes  # noqa: F401  (registers the name bfloat16)
 import numpy as np
 
-from fusedattn.problem import MAX_SEQLEN
+from fusedattn.masks import MAX_SEQLEN
 from fusedattn.testing import fill, functions
 from fusedattn.testing.buffers import PLACEMENTS, Array, same_everywhere
 from fusedattn.testing.cases import Case
