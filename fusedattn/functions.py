@@ -11,17 +11,17 @@ come in through ``aux``.
 from __future__ import annotations
 
 import builtins
-import dis
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from fusedattn import checks
+from fusedattn.bytecode import facts_of
 from fusedattn.checks import Array
 
 # What a function is given before its aux arrays.
@@ -33,15 +33,6 @@ ARGUMENTS = {
 
 # Packages whose functions are as fixed as the language itself.
 _FIXED = ("numpy", "math", "builtins", "operator", "numba", "ml_dtypes")
-# Instructions that read a name from outside; and what a compiled kernel cannot do.
-_MOST_FACTS = 4096
-_NAMES = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF")
-_REFUSED = {
-    "RAISE_VARARGS": "raises an exception or asserts",
-    "YIELD_VALUE": "is a generator",
-    "STORE_GLOBAL": "assigns to a global variable",
-    "IMPORT_NAME": "imports a module",
-}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -177,58 +168,9 @@ def _check_arguments(function: FunctionType, role: str, aux: int) -> None:
         ) from None
 
 
-# --- what a function depends on ------------------------------------------------------------------
-
-
 def fingerprint(function: FunctionType, role: str) -> tuple[Any, ...]:
     """Return a hashable value that is equal for functions that compute the same."""
     return _function(function, place_of(function, role), ())
-
-
-class CodeFacts(NamedTuple):
-    """What one look at the bytecode says."""
-
-    code: CodeType
-    names: tuple[tuple[str, tuple[str, ...]], ...]  # read from outside, with attributes in turn
-    refused: str | None  # what it does that no kernel can
-
-
-_facts: dict[int, CodeFacts] = {}
-
-
-def facts_of(code: CodeType) -> CodeFacts:
-    """Return what the bytecode says, remembered for each code object."""
-    known = _facts.get(id(code))
-    if known is not None and known.code is code:
-        return known
-    names: dict[tuple[str, tuple[str, ...]], None] = {}
-    refused = None
-    for instruction, attributes in _instructions(code):
-        if instruction.opname in _NAMES and instruction.argval not in code.co_cellvars:
-            names[(str(instruction.argval), attributes)] = None
-        refused = refused or _REFUSED.get(instruction.opname)
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            inner = facts_of(constant)
-            refused = refused or inner.refused
-            own = code.co_cellvars
-            names |= dict.fromkeys(path for path in inner.names if path[0] not in own)
-    if len(_facts) >= _MOST_FACTS:
-        _facts.clear()
-    facts = _facts[id(code)] = CodeFacts(code, tuple(names), refused)
-    return facts
-
-
-def _instructions(code: CodeType) -> Iterator[tuple[dis.Instruction, tuple[str, ...]]]:
-    """Walk over the instructions, each with the attributes that are taken from its result."""
-    listed = [one for one in dis.get_instructions(code) if one.opname not in ("CACHE", "PUSH_NULL")]
-    for i, instruction in enumerate(listed):
-        attributes = []
-        for following in listed[i + 1 :]:
-            if following.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
-                break
-            attributes.append(str(following.argval))
-        yield instruction, tuple(attributes)
 
 
 def outside(function: FunctionType, name: str) -> Any:

@@ -26,7 +26,8 @@ from fusedattn import kernel_files
 def _source_digest() -> bytes:
     """Digest of every file whose code ends up in a kernel."""
     package = Path(__file__).parents[1]
-    shared = [package / name for name in ("functions.py", "masks.py", "philox.py")]
+    names = ("bytecode.py", "functions.py", "masks.py", "philox.py")
+    shared = [package / name for name in names]
     return kernel_files.digest_of(sorted([*package.glob("cpu/**/*.py"), *shared]))
 
 
