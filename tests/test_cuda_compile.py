@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fusedattn.cuda import hopper, ptx, tensor_cores
-from fusedattn.cuda.toolchains import Block
+from fusedattn.cuda.inline import Block
 
 PACKAGES = {"numba-cuda-mlir": "numba_cuda_mlir", "numba-cuda": "numba_cuda"}
 SCRIPT = Path(__file__).with_name("cuda_compile.py")

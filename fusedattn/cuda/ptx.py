@@ -7,7 +7,7 @@ and semantics are those of NVIDIA's PTX ISA, chapters "mbarrier", "cp.async.bulk
 
 from __future__ import annotations
 
-from fusedattn.cuda.toolchains import Block, Op
+from fusedattn.cuda.inline import Block, Op
 
 # Where the shared memory of a kernel without variables of its own begins.
 SHARED_BASE = Op("mov.u32 $0, %reserved_smem_offset_end;", "r")

@@ -1,4 +1,4 @@
-"""The three toolchains, each behind the same few methods, and inline PTX as data.
+"""The three toolchains, each behind the same few methods.
 
 Chosen by `fusedattn.cuda.compiler`; nothing else imports one.
 """
@@ -13,55 +13,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from types import FunctionType, SimpleNamespace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from fusedattn.cuda.inline import Block, Op, constraints_of
 from fusedattn.undisturbed import undisturbed
 
 MLIR, NUMBA, SIMULATOR = NAMES = ("numba-cuda-mlir", "numba-cuda", "simulator")
-
-
-class Op(NamedTuple):
-    """One instruction (or a few) of inline PTX on scalars.
-
-    ``text`` names its operands ``$0``, ``$1``, ... with the result, if any, first. ``result`` and
-    ``arguments`` hold one letter each: ``f`` float32, ``r`` int32, ``l`` int64.
-    """
-
-    text: str
-    result: str = ""
-    arguments: str = ""
-
-
-class Block(NamedTuple):
-    """Inline PTX on whole local arrays, which become registers, and on scalars after them.
-
-    ``arrays`` says ``(letter, length, written)`` of each; a written one is also read. ``text`` is
-    made by `fusedattn.cuda.ptx` with the operand numbers of `operands`.
-    """
-
-    text: str
-    arrays: tuple[tuple[str, int, bool], ...]
-    scalars: str = ""
-
-    @staticmethod
-    def operands(
-        arrays: tuple[tuple[str, int, bool], ...], scalars: str
-    ) -> tuple[list[list[str]], list[str]]:
-        """Return the names of the operands: of each array's elements, and of the scalars."""
-        names: list[list[str]] = [[] for _ in arrays]
-        count = 0
-        for index, (_, length, written) in enumerate(arrays):
-            if written:
-                names[index] = [f"${count + i}" for i in range(length)]
-                count += length
-        count *= 2  # every written element is an operand again, as an input
-        for index, (_, length, written) in enumerate(arrays):
-            if not written:
-                names[index] = [f"${count + i}" for i in range(length)]
-                count += length
-        return names, [f"${count + i}" for i in range(len(scalars))]
 
 
 class Toolchain(Protocol):
@@ -216,19 +175,6 @@ class _Compiler:
         return self.types.void(*arguments[:count], *map(self._scalar, op.scalars))
 
 
-def _constraints(op: Op | Block) -> str:
-    """LLVM's constraint string; other memory may be read or written by any of them."""
-    if isinstance(op, Op):
-        parts = [f"={op.result}"] if op.result else []
-        parts += op.arguments
-    else:
-        written = [letter for letter, length, out in op.arrays if out for _ in range(length)]
-        read = [letter for letter, length, out in op.arrays if not out for _ in range(length)]
-        parts = [f"={letter}" for letter in written]
-        parts += [str(i) for i in range(len(written))] + read + list(op.scalars)
-    return ",".join([*parts, "~{memory}"])
-
-
 class Mlir(_Compiler):
     """numba-cuda-mlir."""
 
@@ -247,7 +193,7 @@ class Mlir(_Compiler):
         from numba_cuda_mlir.lowering_utilities import convert, index_of
 
         kind = {"f": T.f32, "r": T.i32, "l": T.i64}
-        constraints = _constraints(op)
+        constraints = constraints_of(op)
 
         def emit_op(builder: Any, target: Any, args: Any, kwargs: Any) -> None:
             assert isinstance(op, Op)
@@ -337,7 +283,7 @@ class NumbaCuda(_Compiler):
         from numba.cuda.extending import intrinsic
 
         kind = {"f": ir.FloatType(), "r": ir.IntType(32), "l": ir.IntType(64)}
-        constraints = _constraints(op)
+        constraints = constraints_of(op)
 
         def emit_op(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             assert isinstance(op, Op)
