@@ -28,7 +28,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fusedattn import kernel_files
-from fusedattn.cuda.toolchains import MLIR, NAMES, NUMBA, SIMULATOR, Mlir, NumbaCuda, Simulator
+from fusedattn.cuda.toolchains import (
+    MLIR,
+    NAMES,
+    NUMBA,
+    SIMULATOR,
+    Mlir,
+    NumbaCuda,
+    Simulator,
+    Toolchain,
+)
 from fusedattn.cuda.unroll import unroll
 from fusedattn.undisturbed import undisturbed
 
@@ -54,7 +63,7 @@ class Compiled(NamedTuple):
     log: str
 
 
-_TOOLCHAINS: dict[str, Callable[[], Any]] = {
+_TOOLCHAINS: dict[str, Callable[[], Toolchain]] = {
     MLIR: Mlir,
     NUMBA: NumbaCuda,
     SIMULATOR: Simulator,
@@ -93,11 +102,11 @@ def _simulated() -> bool:
 
 
 @functools.cache
-def _toolchain(name: str) -> Any:
+def _toolchain(name: str) -> Toolchain:
     return _TOOLCHAINS[name]()
 
 
-def toolchain(name: str | None = None) -> Any:
+def toolchain(name: str | None = None) -> Toolchain:
     """Return a toolchain, by default the one to be used; see the top of this module."""
     return _toolchain(name or chosen_name())
 

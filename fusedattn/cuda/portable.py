@@ -20,6 +20,7 @@ from fusedattn.cuda.params import (
     span_of,
     word_table,
 )
+from fusedattn.cuda.toolchains import Simulator
 from fusedattn.problem import AttentionProblem, Lengths
 
 Array = NDArray[Any]
@@ -121,6 +122,7 @@ def lengths_of(problem: AttentionProblem) -> Lengths:
 def simulate(problem: AttentionProblem, operands: dict[str, Array | None]) -> None:
     """Run the kernel in Numba's simulator, on contiguous arrays in host memory."""
     tools = compiler.toolchain()
+    assert isinstance(tools, Simulator)
     config = config_of(problem, _SIMULATED)
     words = word_table(problem, spans_of(operands), config.block_q, lengths_of(problem))
     arguments = []

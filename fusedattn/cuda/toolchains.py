@@ -61,6 +61,8 @@ class Simulator:
     """Numba's CUDA simulator: kernels are plain Python, threads are threads."""
 
     name = SIMULATOR
+    cuda: Any
+    types: Any
 
     def __init__(self) -> None:
         import numba
@@ -127,6 +129,10 @@ class Simulator:
     def asm(self, op: Op | Block) -> Any:
         """Refuse: nothing interprets PTX here."""
         raise NotImplementedError("the simulator runs no PTX")
+
+    def ltoir(self, function: Any, signature: Any, chip: str, threads: int) -> bytes:
+        """Refuse: nothing is compiled here."""
+        raise NotImplementedError("the simulator compiles nothing")
 
     def array_words(self, address: int, length: int, itemsize: int) -> tuple[int, ...]:
         """Refuse: the simulator takes arrays themselves."""
