@@ -1,4 +1,4 @@
-"""Which law kills each planted mutant, as found by ``python tests/kit_mutants.py``."""
+"""The law that is tried first on each planted mutant: one that kills it."""
 
 KILLED_BY = {
     "causal_hides_the_diagonal": "equals_reference[causal]",

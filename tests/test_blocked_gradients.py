@@ -18,9 +18,6 @@ from fusedattn.testing.strategies import attention_problems
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 BLOCKS = st.tuples(st.sampled_from([1, 2, 5, 16, 64]), st.sampled_from([1, 3, 4, 10, 128]))
 
-# No budget is derived for the gradient of a score_mod, and the others are not concerned.
-WITHOUT = ("layout", "out", "score_mod")
-
 
 def wide(problem):
     """Same problem with operands of float64, whose gradients are not rounded to less."""

@@ -23,8 +23,6 @@ from fusedattn.testing.suite import make_suite
 
 pytest_plugins = ["pytester"]
 
-MASKED = {"causal", "mask", "scale", "return_lse"}
-
 
 def top_left_attention(q, k, v, *, causal=False):
     """Wrong: aligned to the top left."""

@@ -11,6 +11,8 @@ from fusedattn.testing.check import try_law
 from fusedattn.testing.laws import ALL
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
+# What `plain_masked_attention` takes.
+MASKED = {"causal", "mask", "scale", "return_lse"}
 
 
 def killers(name, first_only=True, seed=0, max_examples=100):
@@ -69,8 +71,7 @@ def test_a_plain_float32_attention_is_accepted():
 
 
 def test_a_masked_float32_attention_is_accepted():
-    supports = {"causal", "mask", "scale", "return_lse"}
-    report = check_attention(plain_masked_attention, supports=supports, max_examples=20, seed=3)
+    report = check_attention(plain_masked_attention, supports=MASKED, max_examples=20, seed=3)
     assert report.ok, report
 
 
@@ -80,7 +81,7 @@ def test_correct_kernels_never_fail(seed):
     for fn, supports, dtypes in (
         (Attention(), EVERYTHING, DTYPES),
         (plain_attention, (), ("float32",)),
-        (plain_masked_attention, {"causal", "mask", "scale", "return_lse"}, ("float32",)),
+        (plain_masked_attention, MASKED, ("float32",)),
     ):
         report = check_attention(fn, supports=supports, dtypes=dtypes, max_examples=15, seed=seed)
         assert report.ok, report
