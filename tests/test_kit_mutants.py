@@ -1,5 +1,8 @@
 """The kit bites: every planted mutant is killed, and nothing that is right is."""
 
+import re
+from pathlib import Path
+
 import pytest
 from kit_kills import KILLED_BY
 from kit_mutants import MUTANTS
@@ -11,6 +14,7 @@ from fusedattn.testing.check import try_law
 from fusedattn.testing.laws import ALL
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
+DOCS = Path(__file__).parents[1] / "docs" / "test-kit.md"
 # What `plain_masked_attention` takes.
 MASKED = {"causal", "mask", "scale", "return_lse"}
 
@@ -21,7 +25,7 @@ def killers(name, first_only=True, seed=0, max_examples=100):
     options = {**options, "supports": frozenset(options["supports"])}
     found = []
     # The law that is known to kill it comes first; any other will do as well.
-    for law in sorted(ALL, key=lambda law: law.name != KILLED_BY.get(name)):
+    for law in sorted(ALL, key=lambda law: law.name != KILLED_BY[name]):
         outcome = try_law(law, Kernel(factory(), **options), max_examples, seed, shrink=False)
         if outcome.status == "failed":
             found.append(law.name)
@@ -33,6 +37,13 @@ def killers(name, first_only=True, seed=0, max_examples=100):
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_planted_mutant_is_killed(name):
     assert killers(name), f"no law kills {name}"
+
+
+def test_the_docs_tell_of_every_mutant_and_its_law():
+    table = DOCS.read_text().partition("Wrong gradients (")[0]
+    rows = re.findall(r"^\| (\w+) \| ([\w\[\]]+) \| \d+ \|$", table, re.MULTILINE)
+    assert dict(rows) == KILLED_BY
+    assert KILLED_BY.keys() == MUTANTS.keys()
 
 
 @pytest.mark.deep
