@@ -4,7 +4,7 @@ import numpy as np
 
 SHAPE = (2, 3, 4, 5, 7)  # two leading axes, heads, seqlen_q, seqlen_k
 
-# Options in every combination with each other where they may meet.
+# Each feature with what it has to work with, and all that may meet.
 FEATURES = {
     "plain": {},
     "scale": dict(scale=-0.7),
