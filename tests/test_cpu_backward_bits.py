@@ -30,16 +30,13 @@ def operands(dtype="float32", batch=2, heads=2, heads_kv=1, rows=300, keys=400, 
     return [normal(i, batch, *shape, dtype=dtype) for i, shape in enumerate(shapes)]
 
 
-@pytest.fixture(params=[2, 7])
-def threads(request):
-    before = fusedattn.get_num_threads()
-    yield request.param
-    fusedattn.set_num_threads(before)
+several_threads = pytest.mark.parametrize("threads", [2, 7])
 
 
+@several_threads
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @each_option
-def test_the_number_of_threads_moves_no_bit(threads, dtype, options):
+def test_the_number_of_threads_moves_no_bit(set_threads, threads, dtype, options):
     # Too little work for a second thread, some, and so much that the caller only waits.
     for batch, rows, keys in ((1, 5, 30), (2, 300, 400), (8, 300, 400)):
         arrays = operands(dtype, batch=batch, rows=rows, keys=keys)
@@ -47,22 +44,23 @@ def test_the_number_of_threads_moves_no_bit(threads, dtype, options):
         chosen = {name: x[cut[name]] if name in cut else x for name, x in options.items()}
         given, keywords = came_back(*arrays, **chosen)
         call = partial(attention_backward, *given, **keywords)
-        fusedattn.set_num_threads(1)
+        set_threads(1)
         expected = call()
-        fusedattn.set_num_threads(threads)
+        set_threads(threads)
         for _ in range(3):
             assert_same_bits(call(), expected)
 
 
-def test_items_that_wait_for_each_other_add_in_one_order(threads):
+@several_threads
+def test_items_that_wait_for_each_other_add_in_one_order(set_threads, threads):
     """One head alone: every item waits for the one of the keys before."""
     arrays = operands(batch=1, heads=1, rows=1500, keys=2000, dim=16, dim_v=16)
     for options in ({}, {"causal": True}, {"bias": normal(3, 1500, 2000)}):
         given, keywords = came_back(*arrays, **options)
         call = partial(attention_backward, *given, **keywords)
-        fusedattn.set_num_threads(1)
+        set_threads(1)
         expected = call()
-        fusedattn.set_num_threads(threads)
+        set_threads(threads)
         for _ in range(5):
             assert_same_bits(call(), expected)
 

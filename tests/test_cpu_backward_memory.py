@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from cpu_backend import came_back, normal, python
 
-from fusedattn import attention_backward, set_num_threads
-from fusedattn.cpu import threads
+from fusedattn import attention_backward
 
 PEAK = """
 import sys
@@ -81,32 +80,29 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_no_array_of_the_size_of_the_scores_is_made(options):
+def test_no_array_of_the_size_of_the_scores_is_made(set_threads, options):
     """Python's allocations of a call, all threads' together."""
     q, k, v = (normal(i, 2, LENGTH, 16) for i in range(3))
     given, keywords = came_back(q, k, v, **options)
-    before = threads.get_num_threads()
-    set_num_threads(2)
+    set_threads(2)
     attention_backward(*given, **keywords)
     tracemalloc.start()
     attention_backward(*given, **keywords)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    set_num_threads(before)
     # Rows are narrow here, so the tables weigh more. A byte for each score would be 8 MB.
     assert peak < 16 * q.nbytes, peak / q.nbytes
 
 
-def test_a_thread_more_costs_tiles_and_no_sum_of_its_own():
+def test_a_thread_more_costs_tiles_and_no_sum_of_its_own(set_threads):
     q, k, v = (normal(i, 2, 3000, 64) for i in range(3))
     given, keywords = came_back(q, k, v)
-    before, peaks = threads.get_num_threads(), []
+    peaks = []
     for count in (1, 4):
-        set_num_threads(count)
+        set_threads(count)
         attention_backward(*given, **keywords)
         tracemalloc.start()
         attention_backward(*given, **keywords)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    set_num_threads(before)
     assert peaks[1] < peaks[0] + 2**16

@@ -8,7 +8,6 @@ from cpu_backend import DTYPES, ISAS, assert_same_bits, attention_on, each_isa, 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import fusedattn
 from fusedattn import attention
 from fusedattn.cpu.tile import FEW_ROWS
 from fusedattn.testing import PLACEMENTS, Placed
@@ -35,16 +34,10 @@ def operands(dtype="float32", batch=2, heads=2, heads_kv=1, rows=300, keys=400, 
     return [normal(i, batch, *shape, dtype=dtype) for i, shape in enumerate(shapes)]
 
 
-@pytest.fixture(params=[2, 3, 7])
-def threads(request):
-    before = fusedattn.get_num_threads()
-    yield request.param
-    fusedattn.set_num_threads(before)
-
-
+@pytest.mark.parametrize("threads", [2, 3, 7])
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @each_option
-def test_the_number_of_threads_moves_no_bit(threads, dtype, options):
+def test_the_number_of_threads_moves_no_bit(set_threads, threads, dtype, options):
     # Too little work for a second thread, some, and so much that the caller only waits.
     for batch, rows, keys in ((1, 5, 30), (2, 300, 400), (30, 300, 400)):
         if "scale" in options and batch > 2:
@@ -54,9 +47,9 @@ def test_the_number_of_threads_moves_no_bit(threads, dtype, options):
             name: options[name][..., :rows, :keys] for name in ("mask", "bias") if name in options
         }
         call = partial(attention, *arrays, **{**options, **cut}, return_lse=True)
-        fusedattn.set_num_threads(1)
+        set_threads(1)
         expected = call()
-        fusedattn.set_num_threads(threads)
+        set_threads(threads)
         for _ in range(3):
             assert_same_bits(call(), expected)
 

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from cpu_backend import DTYPES, assert_same_bits, attention_on, each_isa, normal, python
 
-import fusedattn
 from fusedattn import attention
 from fusedattn.cpu.backend import CPU
 from fusedattn.cpu.compile import get_worker
@@ -32,13 +31,6 @@ def operands(dtype="float32", batch=1, rows=2, keys=KEYS):
     # Keys so large that the maximum grows from chunk to chunk for some rows, and not for others.
     arrays = [normal(i, batch, *shape) for i, shape in enumerate(shapes)]
     return [(x * (4 if i == 1 else 1)).astype(dtype) for i, x in enumerate(arrays)]
-
-
-@pytest.fixture
-def set_threads():
-    before = fusedattn.get_num_threads()
-    yield fusedattn.set_num_threads
-    fusedattn.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

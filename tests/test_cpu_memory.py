@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from cpu_backend import normal, python
 
-from fusedattn import attention, set_num_threads
-from fusedattn.cpu import threads
+from fusedattn import attention
 
 PEAK = """
 import sys
@@ -77,13 +76,13 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_no_array_of_the_size_of_a_sequence_is_made(options):
+def test_no_array_of_the_size_of_a_sequence_is_made(set_threads, options):
     """Python's allocations of a call, all threads' together: tiles and tables, no copies."""
     q, k, v = normal(0, 2, LENGTH, 16), normal(1, 2, LENGTH, 16), normal(2, 2, LENGTH, 16)
-    out, before = np.zeros_like(q), threads.get_num_threads()
+    out = np.zeros_like(q)
     swapped = [np.asfortranarray(x) for x in (q, k, v)]
     half = [x.astype(np.float16) for x in (q, k, v)]
-    set_num_threads(2)
+    set_threads(2)
     attention(q, k, v, **options)
     for arrays, place in (((q, k, v), out), (swapped, out), (half, out.astype(np.float16))):
         tracemalloc.start()
@@ -96,7 +95,6 @@ def test_no_array_of_the_size_of_a_sequence_is_made(options):
     attention(q, k, v, **options, out=out)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    set_num_threads(before)
     assert peak < 32 * 2**10, peak
 
 

@@ -218,7 +218,7 @@ def test_code_is_kept_on_disk_under_everything_that_it_depends_on(tmp_path):
 
 @pytest.mark.parametrize("rows", [2, 100])
 @pytest.mark.parametrize("options", [{}, {"softcap": 4.0}], ids=["last", "softcap"])
-def test_threads_and_neighbours_move_no_bit(rows, options):
+def test_threads_and_neighbours_move_no_bit(set_threads, rows, options):
     q, k, v = normal(0, 3, 4, rows, 24), normal(1, 3, 2, 700, 24), normal(2, 3, 2, 700, 24)
     table = normal(3, 4, 900)
 
@@ -229,13 +229,9 @@ def test_threads_and_neighbours_move_no_bit(rows, options):
 
     arguments = {"score_mod": mod, "score_mod_aux": (table,), "return_lse": True, **options}
     whole = attention(q, k, v, **arguments)
-    before = fusedattn.get_num_threads()
-    try:
-        for count in (1, 3):
-            fusedattn.set_num_threads(count)
-            assert_same_bits(attention(q, k, v, **arguments), whole)
-    finally:
-        fusedattn.set_num_threads(before)
+    for count in (1, 3):
+        set_threads(count)
+        assert_same_bits(attention(q, k, v, **arguments), whole)
     for i in range(3):
         one = attention(q[i], k[i], v[i], **arguments)
         assert_same_bits(one, tuple(x[i] for x in whole))

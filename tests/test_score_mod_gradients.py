@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from cpu_backend import assert_same_bits, normal
 
-import fusedattn
 from fusedattn import attention, attention_backward, make_block_mask
 from fusedattn.functions import user_function
 from fusedattn.pointwise import evaluate
@@ -328,7 +327,7 @@ def test_a_function_may_ask_how_long_the_tables_are_that_it_is_differentiated_by
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-def test_threads_and_blocks_of_keys_move_no_bit_of_the_gradients():
+def test_threads_and_blocks_of_keys_move_no_bit_of_the_gradients(set_threads):
     q, k, v = normal(0, 3, 4, 200, 24), normal(1, 3, 2, 900, 24), normal(2, 3, 2, 900, 24)
     table, gain = normal(3, 4, 1200), normal(4, 3)
     arguments = {
@@ -337,15 +336,11 @@ def test_threads_and_blocks_of_keys_move_no_bit_of_the_gradients():
     }
     out, lse = attention(q, k, v, return_lse=True, **arguments)
     d_out = normal(5, *out.shape)
-    before = fusedattn.get_num_threads()
     results = []
-    try:
-        for count in (1, 2, 3, 3):
-            fusedattn.set_num_threads(count)
-            found = attention_backward(d_out, q, k, v, out, lse, backend="cpu", **arguments)
-            results.append((*found[:3], *found.d_score_mod_aux))
-    finally:
-        fusedattn.set_num_threads(before)
+    for count in (1, 2, 3, 3):
+        set_threads(count)
+        found = attention_backward(d_out, q, k, v, out, lse, backend="cpu", **arguments)
+        results.append((*found[:3], *found.d_score_mod_aux))
     for other in results[1:]:
         assert_same_bits(other, results[0])
     expected = attention_backward(d_out, q, k, v, out, lse, backend="blocked", **arguments)
