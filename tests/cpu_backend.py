@@ -12,7 +12,7 @@ from fusedattn import attention, attention_backward
 from fusedattn.cpu import tile
 from fusedattn.cpu.backend import CPU
 from fusedattn.problem import make_problem
-from fusedattn.testing import EVERYTHING, Kernel
+from fusedattn.testing import EVERYTHING, Case, Kernel
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -85,6 +85,22 @@ def assert_same_bits(actual, expected):
 def normal(seed, *shape, dtype=np.float32):
     """Normal numbers from a seed."""
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def operands(dtype="float32", batch=2, heads=2, heads_kv=1, rows=300, keys=400, dim=40, dim_v=33):
+    """Return q, k and v: by default some panels of rows and blocks of keys, not all full."""
+    shapes = (heads, rows, dim), (heads_kv, keys, dim), (heads_kv, keys, dim_v)
+    return [normal(i, batch, *shape, dtype=dtype) for i, shape in enumerate(shapes)]
+
+
+def head_dims(dim, dtype="float32"):
+    """Return a call of one head_dim, and of the head_dim_v that is as far from the other end."""
+    return Case(
+        normal(dim, 1, 20, dim, dtype=dtype),
+        normal(dim + 1, 1, 35, dim, dtype=dtype),
+        normal(dim + 2, 1, 35, 577 - dim, dtype=dtype),
+        {"causal": True},
+    )
 
 
 # A shell starts its background jobs deaf to Ctrl-C, and so would be what they start.

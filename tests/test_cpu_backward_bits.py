@@ -4,7 +4,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from cpu_backend import DTYPES, assert_same_bits, came_back, each_isa, gradient_on, normal
+from cpu_backend import DTYPES, assert_same_bits, came_back, each_isa, gradient_on, normal, operands
 
 import fusedattn
 from fusedattn import attention_backward
@@ -23,11 +23,6 @@ OPTIONS = {
     "large": {"scale": 1e5},
 }
 each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-
-
-def operands(dtype="float32", batch=2, heads=2, heads_kv=1, rows=300, keys=400, dim=40, dim_v=33):
-    shapes = (heads, rows, dim), (heads_kv, keys, dim), (heads_kv, keys, dim_v)
-    return [normal(i, batch, *shape, dtype=dtype) for i, shape in enumerate(shapes)]
 
 
 several_threads = pytest.mark.parametrize("threads", [2, 7])

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from cpu_backend import DTYPES, each_isa, gradient_kernel_on, gradient_on, normal
+from cpu_backend import DTYPES, each_isa, gradient_kernel_on, gradient_on, head_dims, normal
 from hypothesis import given, reject, settings
 
 from fusedattn import attention, attention_backward, reference
@@ -84,15 +84,6 @@ def check(case, fn=attention_backward):
         if want is not None:
             assert got.dtype == getattr(problem, name.removeprefix("d_")).dtype
             assert_within(got, want, allowed, name=name)
-
-
-def head_dims(dim, dtype="float32"):
-    return Case(
-        normal(dim, 1, 20, dim, dtype=dtype),
-        normal(dim + 1, 1, 35, dim, dtype=dtype),
-        normal(dim + 2, 1, 35, 577 - dim, dtype=dtype),
-        {"causal": True},
-    )
 
 
 def test_every_head_dim_to_576():

@@ -9,29 +9,17 @@ from cpu_backend import (
     gradient_on,
     normal,
 )
+from cpu_hiding import HIDING as HIDING_ALONE
+from cpu_hiding import KEYS, ROWS
 
 from fusedattn import attention, attention_backward, dropout_mask, reference
 from fusedattn.problem import make_problem
 
-ROWS, KEYS = 130, 210  # some panels of rows, some blocks of keys, none of them full
-
-SEEN = np.random.default_rng(3).random((ROWS, KEYS)) < 0.6
-SEEN[:, 40] = False  # a key that nobody sees, next to some that somebody sees
-SEEN[50] = False
+# A softcap has a slope of its own.
+CAPPED = {"window": {"softcap": 3.0}, "mask": {"softcap": 2.0}}
 HIDING = {
-    "causal": ({"causal": True}, np.tri(ROWS, KEYS, KEYS - ROWS, dtype=bool)),
-    "window": (
-        {"window_size": (20, 3), "q_offset": 40, "softcap": 3.0},
-        np.abs(np.arange(ROWS)[:, None] + 40 - 8.5 - np.arange(KEYS)) <= 11.5,
-    ),
-    "mask": ({"mask": SEEN, "softcap": 2.0}, SEEN),
-    "bias": ({"bias": np.where(SEEN, 0.25, -np.inf).astype(np.float32)}, SEEN),
-    "float64 bias": ({"bias": np.where(SEEN, 0.25, -1e300)}, SEEN),  # -inf in the accumulator
-    "keys used": ({"seqused_k": 97}, np.broadcast_to(np.arange(KEYS) < 97, (ROWS, KEYS))),
-    "rows used": (
-        {"seqused_q": 70, "q_offset": 0},
-        np.broadcast_to(np.arange(ROWS)[:, None] < 70, (ROWS, KEYS)),
-    ),
+    name: ({**options, **CAPPED.get(name, {})}, seen)
+    for name, (options, seen) in HIDING_ALONE.items()
 }
 POISON = (np.nan, np.inf, -np.inf)
 

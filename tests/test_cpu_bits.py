@@ -4,7 +4,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from cpu_backend import DTYPES, ISAS, assert_same_bits, attention_on, each_isa, normal
+from cpu_backend import DTYPES, ISAS, assert_same_bits, attention_on, each_isa, normal, operands
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,11 +27,6 @@ OPTIONS = {
     "exact": {"scale": 2.0**101, "causal": True},
 }
 each_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-
-
-def operands(dtype="float32", batch=2, heads=2, heads_kv=1, rows=300, keys=400, dim=40, dim_v=33):
-    shapes = (heads, rows, dim), (heads_kv, keys, dim), (heads_kv, keys, dim_v)
-    return [normal(i, batch, *shape, dtype=dtype) for i, shape in enumerate(shapes)]
 
 
 @pytest.mark.parametrize("threads", [2, 3, 7])

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from cpu_backend import DTYPES, attention_on, each_isa, kernel_on, normal
+from cpu_backend import DTYPES, attention_on, each_isa, head_dims, kernel_on, normal
 from hypothesis import given, settings
 
 from fusedattn import attention
@@ -44,15 +44,6 @@ def test_equals_the_reference_in_every_type(isa, case):
 def check(case, fn=attention):
     out, lse = fn(case.q, case.k, case.v, **case.keywords, return_lse=True)
     assert_equals_reference(case.expected._replace(out=out, lse=lse), case)
-
-
-def head_dims(dim, dtype="float32"):
-    return Case(
-        normal(dim, 1, 20, dim, dtype=dtype),
-        normal(dim + 1, 1, 35, dim, dtype=dtype),
-        normal(dim + 2, 1, 35, 577 - dim, dtype=dtype),
-        {"causal": True},
-    )
 
 
 def test_every_head_dim_to_576():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from cpu_backend import DTYPES, assert_same_bits, attention_on, each_isa, kernel_on, normal
+from cpu_hiding import HIDING, KEYS, ROWS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +14,6 @@ from fusedattn.testing.laws.equality import nan_reaches_the_output
 from fusedattn.testing.laws.isolation import hidden_keys_do_not_leak, unseen_keys_do_not_matter
 
 EXAMPLES = settings().max_examples
-ROWS, KEYS = 130, 210  # some panels of rows, some blocks of keys, none of them full
 MASKING = ("mask", "bias", "causal", "window_size", "seqused_k")
 
 
@@ -36,24 +36,6 @@ def test_nan_reaches_the_output_on_any_vector_unit(isa, case):
     nan_reaches_the_output(kernel_on(isa), case)
 
 
-SEEN = np.random.default_rng(3).random((ROWS, KEYS)) < 0.6
-SEEN[:, 40] = False  # a key that nobody sees, next to some that somebody sees
-SEEN[50] = False
-HIDING = {
-    "causal": ({"causal": True}, np.tri(ROWS, KEYS, KEYS - ROWS, dtype=bool)),
-    "window": (
-        {"window_size": (20, 3), "q_offset": 40},
-        np.abs(np.arange(ROWS)[:, None] + 40 - 8.5 - np.arange(KEYS)) <= 11.5,
-    ),
-    "mask": ({"mask": SEEN}, SEEN),
-    "bias": ({"bias": np.where(SEEN, 0.25, -np.inf).astype(np.float32)}, SEEN),
-    "float64 bias": ({"bias": np.where(SEEN, 0.25, -1e300)}, SEEN),  # -inf in the accumulator
-    "keys used": ({"seqused_k": 97}, np.broadcast_to(np.arange(KEYS) < 97, (ROWS, KEYS))),
-    "rows used": (
-        {"seqused_q": 70, "q_offset": 0},
-        np.broadcast_to(np.arange(ROWS)[:, None] < 70, (ROWS, KEYS)),
-    ),
-}
 POISON = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf}
 
 
