@@ -19,27 +19,6 @@ from fusedattn.testing.sizes import Shapes
 
 Generator = np.random.Generator
 
-OPTIONAL = (
-    "scale",
-    "causal",
-    "window_size",
-    "q_offset",
-    "seqused_q",
-    "seqused_k",
-    "mask",
-    "bias",
-    "alibi_slopes",
-    "softcap",
-    "sinks",
-    "score_mod",
-    "block_mask",
-    "dropout_p",
-    "layout",
-    "out",
-    "out_dtype",
-    "strides",
-)
-
 
 def build(
     rng: Generator,

@@ -15,30 +15,27 @@ from fusedattn.testing.cases import Answer, Case
 
 Array = NDArray[Any]
 
-KEYWORDS = frozenset(
-    {
-        "scale",
-        "causal",
-        "window_size",
-        "q_offset",
-        "seqused_q",
-        "seqused_k",
-        "mask",
-        "bias",
-        "alibi_slopes",
-        "softcap",
-        "sinks",
-        "score_mod",
-        "score_mod_aux",
-        "block_mask",
-        "dropout_p",
-        "seed",
-        "layout",
-        "return_lse",
-        "out",
-        "out_dtype",
-    }
+# Keywords that a drawn call may have, in the order in which they are drawn.
+OPTIONS = (
+    "scale",
+    "causal",
+    "window_size",
+    "q_offset",
+    "seqused_q",
+    "seqused_k",
+    "mask",
+    "bias",
+    "alibi_slopes",
+    "softcap",
+    "sinks",
+    "score_mod",
+    "block_mask",
+    "dropout_p",
+    "layout",
+    "out",
+    "out_dtype",
 )
+KEYWORDS = frozenset({*OPTIONS, "score_mod_aux", "seed", "return_lse"})
 CAPABILITIES = frozenset(
     {
         "gqa",  # fewer KV heads than query heads

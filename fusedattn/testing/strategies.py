@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from fusedattn.testing import fill
 from fusedattn.testing.buffers import PLACEMENTS, Array
-from fusedattn.testing.build import OPTIONAL, broadcastable, build, place
+from fusedattn.testing.build import broadcastable, build, place
 from fusedattn.testing.cases import Case
-from fusedattn.testing.kernel import EVERYTHING, as_supports
+from fusedattn.testing.kernel import EVERYTHING, OPTIONS, as_supports
 from fusedattn.testing.sizes import MAX_LOGITS, Domain, Shapes, Sizes, sizes_within
 
 
@@ -154,7 +154,7 @@ def attention_problems(
         styles = (*styles[:2], "huge", None)
     on = {
         name
-        for name in OPTIONAL
+        for name in (*OPTIONS, "strides")
         if name in chosen and (name in focus or draw(st.integers(0, 3)) == 3)
     }
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from fusedattn.testing.kernel import OPTIONS
 from fusedattn.testing.laws import (
     equality,
     gradient_isolation,
@@ -35,23 +36,9 @@ from fusedattn.testing.laws.law import (
 
 _MASKS = ("mask", "bias", "causal", "window_size", "seqused_k", "score_mod", "block_mask")
 
+# What has a law of its own: to equal the reference in calls that have it.
 _EACH = (
-    "scale",
-    "causal",
-    "window_size",
-    "q_offset",
-    "seqused_q",
-    "seqused_k",
-    "mask",
-    "bias",
-    "alibi_slopes",
-    "softcap",
-    "sinks",
-    "score_mod",
-    "block_mask",
-    "dropout_p",
-    "layout",
-    "out_dtype",
+    *(name for name in OPTIONS if name != "out"),
     "gqa",
     "head_dim_v",
     "leading_axes",
