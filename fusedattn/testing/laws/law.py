@@ -44,15 +44,15 @@ POSITIONS = ("causal", "window_size", "alibi_slopes", "q_offset", "seqused_q", "
 
 @dataclass(frozen=True)
 class Law:
-    """A law and the calls on which it is tried.
+    """A law and the calls on which it is tried, those with one `feature` where it is given.
 
     `needs` must all be declared, and one of `any_of` (one of them is in every call drawn).
     `without` never occurs in a call; `share` is the part of the examples that the law gets.
     `moves` says that the law shifts ``q_offset``: without that keyword no position may matter.
     """
 
-    name: str
     check: Callable[[Kernel, Case], None]
+    feature: str | None = None
     needs: tuple[str, ...] = ()
     any_of: tuple[str, ...] = ()
     focus: tuple[str, ...] = ()
@@ -63,6 +63,12 @@ class Law:
     moves: bool = False
     share: float = 1.0
     when: Callable[[Kernel], str | None] = field(default=lambda kernel: None)
+
+    @property
+    def name(self) -> str:
+        """Name of the check, with the feature in square brackets."""
+        name = self.check.__name__
+        return name if self.feature is None else f"{name}[{self.feature}]"
 
     def cases(self, kernel: Kernel) -> SearchStrategy[Case]:
         """Calls on which this law is tried."""
