@@ -6,14 +6,15 @@ from typing import Annotated
 import numpy as np
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
 
 from examples.char_lm import trigram
 from examples.char_lm.generation import generate
 from examples.char_lm.model import Shape
 from examples.char_lm.picture import draw_losses
-from examples.char_lm.text import spread, standard_library, windows
-from examples.char_lm.training import Plan, evaluate, train
+from examples.char_lm.text import Corpus, Tokens, spread, standard_library, windows
+from examples.char_lm.training import Plan, Progress, evaluate, train
 
 app = typer.Typer(add_completion=False)
 DEFAULT, USUAL = Plan(), Shape()
@@ -47,7 +48,8 @@ def main(
     shape = Shape(layers, heads, channels)
     places = spread(corpus.validation, validation, length)
     judged = windows(corpus.validation, places, length)
-    few = tuple(part[:: max(1, len(part) // 32)] for part in judged)
+    step = max(1, len(judged[0]) // 32)
+    few = judged[0][::step], judged[1][::step]
     counted = trigram.trigram(corpus.training, len(corpus.alphabet))
     baseline = trigram.loss(counted, corpus.validation, places, length)
     console.print(
@@ -55,22 +57,10 @@ def main(
         f" a trigram model gets {baseline:.3f} nats per character."
     )
 
-    losses: list[float] = []
-    checks: dict[int, float] = {}
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    )  # fmt: skip
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("training", total=steps)
-        for progress in train(plan, shape, corpus):
-            losses.append(progress.loss)
-            if progress.step % max(1, steps // 20) == 0 or progress.step == steps:
-                checks[progress.step] = evaluate(progress.weights, shape, *few, backend)
-            recent = np.mean(losses[-20:])
-            bar.update(task, advance=1, description=f"loss {recent:.3f}")
-    loss = evaluate(progress.weights, shape, *judged, backend)
+    last, losses, checks = learn(plan, shape, corpus, few, console)
+    loss = evaluate(last.weights, shape, *judged, backend)
     console.print(
-        f"{steps} steps in {progress.seconds:.0f} s: {loss:.3f} nats per character on the same "
+        f"{steps} steps in {last.seconds:.0f} s: {loss:.3f} nats per character on the same "
         f"{judged[0].size:,} characters, which {'beats' if loss < baseline else 'does NOT beat'} "
         "the trigram model."
     )
@@ -82,7 +72,7 @@ def main(
     console.print()
     start = corpus.encode(prompt)
     written = generate(
-        progress.weights, shape, start, characters, temperature=temperature, seed=seed,
+        last.weights, shape, start, characters, temperature=temperature, seed=seed,
         backend=backend,
     )  # fmt: skip
     console.out(corpus.decode(start), end="", highlight=False)
@@ -91,6 +81,26 @@ def main(
     console.print()
     if steps >= DEFAULT.steps and not loss < baseline:
         raise typer.Exit(1)
+
+
+def learn(
+    plan: Plan, shape: Shape, corpus: Corpus, few: tuple[Tokens, Tokens], console: Console
+) -> tuple[Progress, list[float], dict[int, float]]:
+    """Train beside a bar: where it ends, the loss of each step, and now and then that of `few`."""
+    losses: list[float] = []
+    checks: dict[int, float] = {}
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    )  # fmt: skip
+    with ProgressBar(*columns, console=console) as bar:
+        task = bar.add_task("training", total=plan.steps)
+        for progress in train(plan, shape, corpus):
+            losses.append(progress.loss)
+            if progress.step % max(1, plan.steps // 20) == 0 or progress.step == plan.steps:
+                checks[progress.step] = evaluate(progress.weights, shape, *few, plan.backend)
+            recent = np.mean(losses[-20:])
+            bar.update(task, advance=1, description=f"loss {recent:.3f}")
+    return progress, losses, checks
 
 
 if __name__ == "__main__":

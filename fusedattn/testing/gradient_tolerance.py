@@ -124,13 +124,8 @@ class _Sums:
         weights = Weights(problem, block)
         lse = np.where(np.isfinite(weights.lse), weights.lse, 0.0)
         stored = weights.lse_budget() + u * (2 * np.abs(lse) + 4)
-        logs = np.where(block.attended, np.abs(weights.log_w), 0.0)
         w = np.exp(weights.log_w)
-        w_error = change_of_weight(weights.log_w, weights.exponent + stored[..., None] + u * logs)
-        again = (u * np.abs(lse) > COARSE)[..., None]
-        w_error = np.where(again, np.minimum(w_error, 1 + weights.chain), w_error)
-        w_error = np.where(block.attended, w_error + 4 * smallest_normal(problem.accumulator), 0.0)
-        w_error = w_error + half * w
+        w_error = self._weight_error(block, weights, lse, stored) + half * w
 
         # Hidden values may be anything; they have no part in what follows.
         v = np.where(any_over(block.attended, -2)[..., None], v, 0.0)
@@ -172,6 +167,18 @@ class _Sums:
             for total, value in zip(pair, values, strict=True):
                 np.add.at(total[block.index], heads, value.swapaxes(-1, -2) @ times)
         self._add_sinks(block, weights, stored, slope, delta, delta_error)
+
+    def _weight_error(
+        self, block: RowBlock, weights: Weights, lse: Float64, stored: Float64
+    ) -> Float64:
+        """Error of the weights as they are computed again from an lse that is off by `stored`."""
+        u = weights.u
+        logs = np.where(block.attended, np.abs(weights.log_w), 0.0)
+        error = change_of_weight(weights.log_w, weights.exponent + stored[..., None] + u * logs)
+        again = (u * np.abs(lse) > COARSE)[..., None]
+        error = np.where(again, np.minimum(error, 1 + weights.chain), error)
+        tiny = smallest_normal(self.problem.accumulator)
+        return np.where(block.attended, error + 4 * tiny, 0.0)
 
     def _add_sinks(
         self,
