@@ -1,5 +1,6 @@
 """The public functions: check, choose a backend, run, return the caller's layout."""
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypedDict, Unpack, overload
 
@@ -347,7 +348,7 @@ def dropout_mask(shape: Sequence[int], dropout_p: float, seed: int) -> Array:
     """
     from fusedattn import reference
 
-    sizes = tuple(checks.integer("each axis of shape", size, 0, 2**62) for size in shape)
+    sizes = tuple(checks.integer("each axis of shape", size, 0, sys.maxsize) for size in shape)
     if len(sizes) < 3:
         raise ValueError(f"shape must be (..., heads, seqlen_q, seqlen_k), but is {sizes}")
     probability, key = checks.dropout(dropout_p, seed)

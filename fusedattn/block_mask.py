@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from fusedattn import checks
 from fusedattn.checks import Array
 from fusedattn.functions import UserFunction, rebuilt, user_function
-from fusedattn.masks import EDGE, FULL, SKIP
+from fusedattn.masks import EDGE, FULL, MAX_SEQLEN, SKIP
 from fusedattn.pointwise import evaluate
 
 Kinds = NDArray[np.uint8]
@@ -31,7 +31,6 @@ _PAIRS = 1 << 17
 _SYMBOLS = {SKIP: ".", EDGE: "+", FULL: "#"}
 # A drawing has no more columns; a character then stands for several blocks.
 _COLUMNS = 64
-_MOST_LENGTH = 2**30
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -313,18 +312,18 @@ def make_block_mask(
     .+##
     """
     counts = (
-        1 if batch is None else checks.integer("batch", batch, 0, _MOST_LENGTH),
-        1 if heads is None else checks.integer("heads", heads, 0, _MOST_LENGTH),
+        1 if batch is None else checks.integer("batch", batch, 0, MAX_SEQLEN),
+        1 if heads is None else checks.integer("heads", heads, 0, MAX_SEQLEN),
     )
     lengths = (
-        checks.integer("seqlen_q", seqlen_q, 0, _MOST_LENGTH),
-        checks.integer("seqlen_k", seqlen_k, 0, _MOST_LENGTH),
+        checks.integer("seqlen_q", seqlen_q, 0, MAX_SEQLEN),
+        checks.integer("seqlen_k", seqlen_k, 0, MAX_SEQLEN),
     )
     if not isinstance(block, (tuple, list)) or len(block) != 2:
         raise TypeError(f"block must be a pair (rows, keys), but is {checks.describe(block)}")
     sides = (
-        checks.integer("block[0]", block[0], 1, _MOST_LENGTH),
-        checks.integer("block[1]", block[1], 1, _MOST_LENGTH),
+        checks.integer("block[0]", block[0], 1, MAX_SEQLEN),
+        checks.integer("block[1]", block[1], 1, MAX_SEQLEN),
     )
     function = user_function("mask_mod", mask_mod, aux)
     function = replace(

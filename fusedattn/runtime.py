@@ -63,10 +63,9 @@ def set_num_threads(n: int) -> None:
     1
     >>> fusedattn.set_num_threads(before)
     """
-    number = checks.integer("n", n, 1, 2**16)
     from fusedattn.cpu import threads
 
-    threads.set_num_threads(number)
+    threads.set_num_threads(checks.integer("n", n, 1, threads.MOST_THREADS))
 
 
 def get_num_threads() -> int:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 _VARIABLE = "FUSEDATTN_NUM_THREADS"
 
+# More than any machine has: a larger number is a mistake.
 MOST_THREADS = 2**16
 
 # For so many large calls at once the pool has workers of their own.

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusedattn.cuda import compiler, driver, hopper
-from fusedattn.masks import relative_bounds
+from fusedattn.masks import MAX_SEQLEN, relative_bounds
 from fusedattn.problem import AttentionProblem
 
 Array = NDArray[Any]
@@ -27,8 +27,6 @@ _TILES = {
 _L2_BYTES = 24 * 2**20
 # From so many keys on, starting a block of threads costs less than sharing tiles out ahead.
 _LONG = 2048
-# Positions stay below this: a bound past it is none.
-_FAR = 2**30
 # Maps of operands that are remembered, of 384 bytes each.
 _MAPS = 1024
 
@@ -206,10 +204,11 @@ def item_table(problem: AttentionProblem) -> Array:
     """What the kernel looks up for each item of the batch; see `hopper.ITEM_BYTES`."""
     assert problem.out is not None
     k_from, k_to = relative_bounds(problem.causal, problem.window_size, 0)
+    # A bound past every position is none; the kernel reads int32.
     bounds = np.stack(
         [
-            np.clip(problem.q_offset + k_from, -_FAR, _FAR),
-            np.clip(problem.q_offset + k_to, -_FAR, _FAR),
+            np.clip(problem.q_offset + k_from, -MAX_SEQLEN, MAX_SEQLEN),
+            np.clip(problem.q_offset + k_to, -MAX_SEQLEN, MAX_SEQLEN),
             problem.seqused_q,
             problem.seqused_k,
         ],
