@@ -172,9 +172,8 @@ class BackwardCall:
         for name, address in natives.items():
             fields[f"run_{name}"] = address
         tile = backward_tile(problem)
-        for name in ("num_heads", "num_heads_kv", "group_size", "seqlen_q", "seqlen_k"):
-            fields[name] = getattr(problem, name)
-        for name in ("head_dim", "head_dim_v"):
+        heads = ("num_heads", "num_heads_kv", "group_size")
+        for name in (*heads, "seqlen_q", "seqlen_k", "head_dim", "head_dim_v"):
             fields[name] = getattr(problem, name)
         self._lower_arrays(problem, arrays)
         self._lower_lengths(problem)
@@ -244,7 +243,7 @@ class BackwardCall:
         self.own("progress", np.zeros(heads * blocks, np.int64))
 
     def restart(self, items: NDArray[np.int64]) -> None:
-        """Go over to the rescue of so many rows and keys."""
+        """Go over to the rescue of these rows (2 n) and keys (2 n + 1)."""
         self.own("bad_list", items)
         self.record["items"] = self.items = len(items)
         self.set_counter(0)

@@ -32,11 +32,11 @@ ALONE_FLOPS = 5_000_000
 LONG_FLOPS = 300_000_000
 # Products of the backward pass for each two of the forward pass.
 FLOPS_FACTOR = 2.5
+# Slots for the gradients of aux arrays, and the numbers that they may take together. More slots let
+# more threads add at once, and take more memory.
+AUX_SLOTS, AUX_NUMBERS = 16, 1 << 22
 
 Array = NDArray[Any]
-
-# Slots for the gradients of aux arrays, and the numbers that they may take together.
-AUX_SLOTS, AUX_NUMBERS = 16, 1 << 22
 
 
 def backward(
