@@ -8,6 +8,7 @@ import pytest
 
 import fusedattn
 from fusedattn import api, attention, attention_weights, dispatch, dropout_mask, explain
+from fusedattn.plan import OPTIONS, Call, Plan
 from fusedattn.problem import Result, make_problem
 
 Q = np.random.default_rng(0).standard_normal((2, 4, 5, 8)).astype(np.float32)
@@ -24,6 +25,21 @@ def test_attention_and_make_problem_take_the_same_keywords():
     ours = keywords(attention)
     assert ours.pop("backend") is ours.pop("stream") is None
     assert ours == keywords(make_problem)
+
+
+def test_gradients_take_the_keywords_of_attention_that_say_what_was_computed():
+    ours, theirs = keywords(attention), keywords(fusedattn.attention_backward)
+    for name in ("return_lse", "out", "stream"):  # of the call, not of its result
+        del ours[name]
+    for name in ("d_lse", "bias_grad", "score_mod_grad"):
+        del theirs[name]
+    assert ours == theirs
+
+
+def test_a_kind_of_call_has_every_argument_of_attention():
+    assert Call._field_defaults == keywords(attention)
+    given = set(Call._fields[:OPTIONS]) - {"q", "k", "v"}
+    assert set(keywords(Plan.__call__)) == given
 
 
 def test_a_stream_is_for_arrays_on_a_gpu():
