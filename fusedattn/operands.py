@@ -9,6 +9,7 @@ from fusedattn.block_mask import BlockMask
 from fusedattn.checks import Array
 from fusedattn.masks import MAX_SEQLEN
 
+_SCORES = "(..., heads, seqlen_q, seqlen_k)"
 _AXES = {"bhsd": "(..., heads, seqlen, dim)", "bshd": "(..., seqlen, heads, dim)"}
 
 
@@ -64,6 +65,17 @@ def _check_shapes(q: Array, k: Array, v: Array, layout: str) -> None:
         raise ValueError(
             f"{fault}; shapes in the order {_AXES[layout]}: q {swap(q)}, k {swap(k)}, v {swap(v)}"
         )
+
+
+def mask(value: object, scores_shape: tuple[int, ...]) -> Array:
+    """Check a mask and view it with an entry for each score."""
+    return checks.broadcast("mask", checks.bool_array("mask", value), scores_shape, _SCORES)
+
+
+def bias(value: object, scores_shape: tuple[int, ...]) -> tuple[Array, tuple[int, ...]]:
+    """Check a bias and view it with an entry for each score; also return its own shape."""
+    array = checks.float_array("bias", value)
+    return checks.broadcast("bias", array, scores_shape, _SCORES), array.shape
 
 
 def alibi_slopes(value: object, heads_shape: tuple[int, ...]) -> Array:

@@ -14,8 +14,6 @@ from fusedattn.checks import Array
 from fusedattn.functions import UserFunction, user_function
 from fusedattn.masks import MAX_SEQLEN, UNBOUNDED, KeyRange, relative_bounds, visible_pairs
 
-_SCORES = "(..., heads, seqlen_q, seqlen_k)"
-
 
 class Result(NamedTuple):
     """What a backend returns, in canonical axis order."""
@@ -254,11 +252,9 @@ def make_problem(
     bias_shape = None
     scores_shape = (*q.shape[:-1], seqlen_k)
     if mask is not None:
-        mask = checks.broadcast("mask", checks.bool_array("mask", mask), scores_shape, _SCORES)
+        mask = operands.mask(mask, scores_shape)
     if bias is not None:
-        bias = checks.float_array("bias", bias)
-        bias_shape = bias.shape
-        bias = checks.broadcast("bias", bias, scores_shape, _SCORES)
+        bias, bias_shape = operands.bias(bias, scores_shape)
     if alibi_slopes is not None:
         alibi_slopes = operands.alibi_slopes(alibi_slopes, q.shape[:-2])
     if sinks is not None:
