@@ -128,7 +128,8 @@ def attention(
         it another function. It cannot raise exceptions or use Python objects.
     score_mod_aux : tuple of ndarray
         Arrays that the score_mod reads by index, such as a table of relative positions: of a
-        float dtype (read in the accumulator's type where it is a half type), integers or bool.
+        float dtype (read in the accumulator's type where it is a half type), integers (read as
+        int64; uint64 as it is) or bool.
         Indices count from the end where negative. One that lies outside reads the nearest element;
         with ``FUSEDATTN_CHECK_INDICES=1`` in the environment it raises an IndexError that names
         function, line and pair (slowly: every visible pair is looked at in NumPy first).

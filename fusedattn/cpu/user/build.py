@@ -10,6 +10,7 @@ on disk under everything that the function depends on (`UserFunction.fingerprint
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -158,10 +159,20 @@ def _for_numba(value: Any) -> Any:
     return _numpy_of_scalars().__dict__["where"] if value is np.where else value
 
 
+def _positional(function: Any, count: int) -> Any:
+    """Give a function as many arguments as it is called with: not more with defaults, nor ``*``."""
+    code = function.__code__
+    if code.co_argcount == count and not code.co_flags & inspect.CO_VARARGS:
+        return function
+    names = ", ".join(f"argument_{i}" for i in range(count))
+    inner = {"function": njit(**_OPTIONS)(function)}
+    return eval(f"lambda {names}: function({names})", inner)
+
+
 def _typed(function: UserFunction, arguments: tuple[Any, ...]) -> Any:
     """Compile through Numba, telling mistakes as mistakes of the user's function."""
     plain = rebuilt(function.function, _for_numba, njit(**_OPTIONS))
-    dispatcher: Any = njit(**_OPTIONS)(plain)
+    dispatcher: Any = njit(**_OPTIONS)(_positional(plain, len(arguments)))
     try:
         dispatcher.compile(arguments)
     except (NumbaError, NotImplementedError) as error:
@@ -453,7 +464,25 @@ def _finished(module: ir.Module, loop: Any) -> str:
 
 
 def _optimised(code: str, user_codes: list[str]) -> Any:
-    """Link the user's functions in, and optimise; return the LLVM module."""
+    """Link the user's functions in, and optimise; return the LLVM module.
+
+    The loop over the lanes becomes a vector only if nothing is left to call in it. Where something
+    is, LLVM must not be told to: it would say on stderr that it cannot.
+    """
+    module = _linked_and_run(code, user_codes, vectorize=False)
+    if not _calls(module):
+        module = _linked_and_run(code, user_codes, vectorize=True)
+    _check_linked(module)
+    return module
+
+
+def _calls(module: Any) -> bool:
+    """Whether optimised code still calls functions, LLVM's own apart."""
+    names = [function.name for function in module.functions]
+    return sum(not name.startswith("llvm.") for name in names) > 1
+
+
+def _linked_and_run(code: str, user_codes: list[str], *, vectorize: bool) -> Any:
     from fusedattn.cpu.compile import host_machine
 
     machine = host_machine()
@@ -468,10 +497,9 @@ def _optimised(code: str, user_codes: list[str]) -> Any:
             function.linkage = "internal"
     tuning = llvm.create_pipeline_tuning_options(speed_level=3)
     tuning.loop_unrolling, tuning.slp_vectorization = False, False
-    tuning.loop_vectorization = True
+    tuning.loop_vectorization = vectorize
     passes = llvm.create_pass_builder(machine, tuning)
     passes.getModulePassManager().run(module, passes)
-    _check_linked(module)
     return module
 
 
