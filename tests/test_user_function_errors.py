@@ -84,6 +84,15 @@ def by_name(score, batch, head, q_idx, k_idx, *, factor=2.0):
     return score * factor
 
 
+def half_power(head):
+    return 2 ** -(head + 1)
+
+
+def integer_power(score, batch, head, q_idx, k_idx):
+    slope = half_power(head)
+    return score - slope * (q_idx - k_idx) ** 2
+
+
 def an_exception(score, batch, head, q_idx, k_idx):
     if q_idx > k_idx:
         raise ValueError("no")
@@ -123,6 +132,7 @@ MISTAKES = {
     chance_of_numpy: (TypeError, r"reads np.random.rand, which is"),
     output: (TypeError, "prints, which a kernel cannot"),
     by_name: (TypeError, "must take the 5 arguments .* takes factor by name alone"),
+    integer_power: (TypeError, "power"),
     an_exception: (TypeError, "raises an exception"),
     missing_argument: (TypeError, "line {last}.*hypot"),
     too_many_indices: ((TypeError, IndexError), "line {last}"),
