@@ -259,9 +259,7 @@ def plan(q: Array, k: Array, v: Array, **options: Any) -> Plan:
     >>> bool((out == attention(q, *cache, seqused_k=102)).all())
     True
     """
-    unknown = options.keys() - set(Call._fields)
-    if unknown:
-        raise TypeError(f"plan() got an unexpected keyword argument {min(unknown)!r}")
+    _check_keywords("plan", options, set(Call._fields))
     if type(q) is not np.ndarray:
         from fusedattn import arrays
 
@@ -309,9 +307,8 @@ def attention_weights(q: Array, k: Array, v: Array | None = None, **options: Any
     """
     from fusedattn import reference
 
-    for name in ("out", "out_dtype", "return_lse", "backend"):
-        if name in options:
-            raise TypeError(f"attention_weights has no argument {name}")
+    others = {"out", "out_dtype", "return_lse", "backend", "stream"}
+    _check_keywords("attention_weights", options, set(Call._fields) - others)
     return reference.weights(make_problem(q, k, k if v is None else v, **options))
 
 
@@ -348,6 +345,11 @@ def dropout_mask(shape: Sequence[int], dropout_p: float, seed: int) -> Array:
     """
     from fusedattn import reference
 
+    if not isinstance(shape, Sequence):
+        raise TypeError(
+            "shape must be a tuple (..., heads, seqlen_q, seqlen_k), but is "
+            f"{checks.describe(shape)}"
+        )
     sizes = tuple(checks.integer("each axis of shape", size, 0, 2**62) for size in shape)
     if len(sizes) < 3:
         raise ValueError(f"shape must be (..., heads, seqlen_q, seqlen_k), but is {sizes}")
@@ -392,7 +394,14 @@ def explain(
       4.3 GFLOP over the key intervals (50% of all pairs), 16 MiB of inputs and outputs
       ...
     """
+    _check_keywords("explain", options, set(Call._fields) - {"stream"})
     return dispatch.explain(make_problem(q, k, v, **options), backend)
+
+
+def _check_keywords(function: str, given: dict[str, Any], known: set[str]) -> None:
+    unknown = given.keys() - known
+    if unknown:
+        raise TypeError(f"{function}() got an unexpected keyword argument {min(unknown)!r}")
 
 
 def warmup(*, dtypes: Sequence[DTypeLike] = ("float32",)) -> None:
@@ -415,10 +424,11 @@ def warmup(*, dtypes: Sequence[DTypeLike] = ("float32",)) -> None:
     >>> import fusedattn
     >>> fusedattn.warmup(dtypes=["float32"])
     """
-    wanted = [np.dtype(dtype) for dtype in dtypes]
-    for dtype in wanted:
-        if dtype not in checks.ACCUMULATOR:
-            raise TypeError(f"dtypes must hold {checks.FLOAT_NAMES}, but holds {dtype}")
+    if isinstance(dtypes, str) or not isinstance(dtypes, Sequence):
+        raise TypeError(
+            f"dtypes must be a sequence of {checks.FLOAT_NAMES}, but is {checks.describe(dtypes)}"
+        )
+    wanted = [checks.storage_dtype("dtypes", dtype) for dtype in dtypes]
     dispatch.load("cpu")
     from fusedattn.cpu import backend
 

@@ -185,6 +185,12 @@ def test_aux_without_a_function_is_refused():
         attention(Q, Q, Q, score_mod_aux=(TABLE,))
 
 
+@pytest.mark.parametrize("aux", [None, 5, TABLE])
+def test_aux_is_a_tuple_without_a_function_too(aux):
+    with pytest.raises(TypeError, match="score_mod_aux must be a tuple of arrays"):
+        attention(Q, Q, Q, score_mod_aux=aux)
+
+
 def test_out_may_not_overlap_an_aux_array():
     out = np.zeros((2, 8, 4), np.float32)
     for _ in range(2):  # when the call is planned, and by the plan
