@@ -10,7 +10,7 @@ import pytest
 from hypothesis import settings
 
 from fusedattn.testing.check import read_xfail, select_laws, try_law
-from fusedattn.testing.kernel import Kernel, as_supports
+from fusedattn.testing.kernel import Kernel, as_dtypes, as_supports
 from fusedattn.testing.laws import Law
 
 
@@ -51,7 +51,7 @@ def make_suite(
     >>> hasattr(TestAttention, "test_law")
     True
     """
-    kernel = Kernel(fn, supports=as_supports(supports), dtypes=tuple(dtypes), **options)
+    kernel = Kernel(fn, supports=as_supports(supports), dtypes=as_dtypes(dtypes), **options)
     known = read_xfail(xfail)
     cases = []
     for law in select_laws(laws):
