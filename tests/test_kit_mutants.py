@@ -1,5 +1,6 @@
 """The kit bites: every planted mutant is killed, and nothing that is right is."""
 
+import numpy as np
 import pytest
 from kit_kills import KILLED_BY
 from kit_mutants import MUTANTS
@@ -31,6 +32,21 @@ def killers(name, first_only=True, seed=0, max_examples=100):
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_planted_mutant_is_killed(name):
     assert killers(name), f"no law kills {name}"
+
+
+def rounds_bias_and_sinks_to_float32(q, k, v, *, bias=None, sinks=None):
+    """Wrong for float64, and for nothing else."""
+    with np.errstate(over="ignore"):
+        narrow = [None if x is None else x.astype(np.float32) for x in (bias, sinks)]
+    return attention(q, k, v, bias=narrow[0], sinks=narrow[1], backend="reference")
+
+
+def test_a_kernel_of_many_types_is_given_those_that_go_together():
+    supports = frozenset({"bias", "sinks"})
+    kernel = Kernel(rounds_bias_and_sinks_to_float32, supports=supports, dtypes=DTYPES)
+    law = next(law for law in ALL if law.name == "equals_reference")
+    for seed in range(3):
+        assert try_law(law, kernel, 100, seed, shrink=False).status == "failed"
 
 
 @pytest.mark.deep

@@ -98,6 +98,12 @@ def check_attention(
     Report
         ``report.ok``, ``report.failures``; prints as a table.
 
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as it should be: a law, a capability or a dtype that does not exist,
+        no dtype or no law at all. Whatever `fn` raises is a failure of a law, and in the report.
+
     Examples
     --------
     >>> import numpy as np

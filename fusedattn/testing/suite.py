@@ -44,6 +44,11 @@ def make_suite(
     type
         Assign it to a name that begins with ``Test`` in a test module.
 
+    Raises
+    ------
+    TypeError, ValueError
+        As `check_attention`.
+
     Examples
     --------
     >>> def attention(q, k, v): ...
