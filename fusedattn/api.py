@@ -129,7 +129,8 @@ def attention(
         it another function. It cannot raise exceptions or use Python objects.
     score_mod_aux : tuple of ndarray
         Arrays that the score_mod reads by index, such as a table of relative positions: of a
-        float dtype (read in the accumulator's type where it is a half type), integers or bool.
+        float dtype (read in the accumulator's type where it is a half type), integers (read as
+        int64; uint64 as it is) or bool.
         Indices count from the end where negative. One that lies outside reads the nearest element;
         with ``FUSEDATTN_CHECK_INDICES=1`` in the environment it raises an IndexError that names
         function, line and pair (slowly: every visible pair is looked at in NumPy first).
@@ -259,9 +260,7 @@ def plan(q: Array, k: Array, v: Array, **options: Any) -> Plan:
     >>> bool((out == attention(q, *cache, seqused_k=102)).all())
     True
     """
-    unknown = options.keys() - set(Call._fields)
-    if unknown:
-        raise TypeError(f"plan() got an unexpected keyword argument {min(unknown)!r}")
+    _check_keywords("plan", options, set(Call._fields))
     if type(q) is not np.ndarray:
         from fusedattn import arrays
 
@@ -309,9 +308,8 @@ def attention_weights(q: Array, k: Array, v: Array | None = None, **options: Any
     """
     from fusedattn import reference
 
-    for name in ("out", "out_dtype", "return_lse", "backend"):
-        if name in options:
-            raise TypeError(f"attention_weights has no argument {name}")
+    others = {"out", "out_dtype", "return_lse", "backend", "stream"}
+    _check_keywords("attention_weights", options, set(Call._fields) - others)
     return reference.weights(make_problem(q, k, k if v is None else v, **options))
 
 
@@ -348,6 +346,11 @@ def dropout_mask(shape: Sequence[int], dropout_p: float, seed: int) -> Array:
     """
     from fusedattn import reference
 
+    if not isinstance(shape, Sequence):
+        raise TypeError(
+            "shape must be a tuple (..., heads, seqlen_q, seqlen_k), but is "
+            f"{checks.describe(shape)}"
+        )
     sizes = tuple(checks.integer("each axis of shape", size, 0, sys.maxsize) for size in shape)
     if len(sizes) < 3:
         raise ValueError(f"shape must be (..., heads, seqlen_q, seqlen_k), but is {sizes}")
@@ -392,4 +395,11 @@ def explain(
       4.3 GFLOP over the key intervals (50% of all pairs), 16 MiB of inputs and outputs
       ...
     """
+    _check_keywords("explain", options, set(Call._fields) - {"stream"})
     return dispatch.explain(make_problem(q, k, v, **options), backend)
+
+
+def _check_keywords(function: str, given: dict[str, Any], known: set[str]) -> None:
+    unknown = given.keys() - known
+    if unknown:
+        raise TypeError(f"{function}() got an unexpected keyword argument {min(unknown)!r}")

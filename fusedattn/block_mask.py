@@ -201,6 +201,13 @@ class BlockMask:
                     mask[batch, head, rows] = seen
         return mask
 
+    def _one(self, batch: int, head: int) -> Kinds:
+        """Kinds of one batch item and head."""
+        batches, heads = self.kinds.shape[:2]
+        checks.integer("batch", batch, 0, batches - 1)
+        checks.integer("head", head, 0, heads - 1)
+        return self.kinds[batch, head]  # type: ignore[no-any-return]
+
     def plot(self, ax: Any = None, batch: int = 0, head: int = 0) -> Any:
         """Draw one batch item and head through matplotlib; return the axes.
 
@@ -217,7 +224,7 @@ class BlockMask:
             ax = pyplot.subplots()[1]
         shades = colors.ListedColormap(["white", "#1f5f8b", "#a6cbe3"])  # SKIP, FULL, EDGE
         extent = (0, self.seqlen_k, self.seqlen_q, 0)
-        kinds = self.kinds[batch, head]
+        kinds = self._one(batch, head)
         cells = np.repeat(kinds, _lengths(self.seqlen_q, self.block[0]), 0)
         cells = np.repeat(cells, _lengths(self.seqlen_k, self.block[1]), 1)
         ax.imshow(cells, shades, vmin=0, vmax=2, extent=extent, interpolation="nearest")
@@ -228,7 +235,7 @@ class BlockMask:
 
     def draw(self, batch: int = 0, head: int = 0) -> str:
         """Draw one batch item and head: ``#`` full, ``+`` partial, ``.`` empty."""
-        kinds = self.kinds[batch, head]
+        kinds = self._one(batch, head)
         step = max(1, -(-max(kinds.shape, default=1) // _COLUMNS))
         lines = []
         for row in range(0, kinds.shape[0], step):

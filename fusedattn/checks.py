@@ -243,6 +243,17 @@ def window(value: object, unbounded: int) -> tuple[int | None, int | None]:
     return sides[0], sides[1]
 
 
+def storage_dtype(name: str, value: Any) -> np.dtype[Any]:
+    """Return one of the four float dtypes; None, which NumPy takes for float64, is none."""
+    try:
+        dtype: np.dtype[Any] | None = None if value is None else np.dtype(value)
+    except TypeError:
+        dtype = None
+    if dtype not in ACCUMULATOR:
+        raise TypeError(f"{name} must hold {FLOAT_NAMES}, but holds {value!r}")
+    return dtype
+
+
 def output_dtype(value: Any, dtype: np.dtype[Any]) -> np.dtype[Any]:
     """Return the dtype of `out`: that of q, or float32."""
     if value is None:

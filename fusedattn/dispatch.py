@@ -80,10 +80,10 @@ def load(name: str) -> Backend:
     ValueError
         If there is no backend of that name.
     """
+    if not isinstance(name, str) or name not in _PLACES:
+        raise ValueError(f"backend must be None or one of {', '.join(NAMES)}, but is {name!r}")
     backend = _loaded.get(name)
     if backend is None:
-        if name not in _PLACES:
-            raise ValueError(f"backend must be None or one of {', '.join(NAMES)}, but is {name!r}")
         module, attribute = _PLACES[name]
         backend = _loaded[name] = getattr(undisturbed(import_module, module), attribute)
     return backend

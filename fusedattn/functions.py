@@ -15,7 +15,7 @@ import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
+from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -31,8 +31,9 @@ ARGUMENTS = {
     "score_mod_grad": ("score", "batch", "head", "q_idx", "k_idx"),
 }
 
-# Packages whose functions are as fixed as the language itself.
-_FIXED = ("numpy", "math", "builtins", "operator", "numba", "ml_dtypes")
+# Packages whose functions are as fixed as the language itself, and one that draws numbers.
+_FIXED = ("numpy", "math", "cmath", "builtins", "operator", "_operator", "numba", "ml_dtypes")
+_DRAWS = "numpy.random"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -159,8 +160,13 @@ def plain_function(value: object) -> FunctionType | None:
 
 def _check_arguments(function: FunctionType, role: str, aux: int) -> None:
     wanted = ARGUMENTS[role]
+    signature = inspect.signature(function)
+    by_name = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
     try:
-        inspect.signature(function).bind(*range(len(wanted) + aux))
+        signature.bind(*range(len(wanted) + aux))
+        for name, parameter in signature.parameters.items():
+            if parameter.kind in by_name:
+                raise TypeError(f"takes {name} by name alone")
     except TypeError as error:
         raise TypeError(
             f"{place_of(function, role)} must take the {len(wanted)} arguments "
@@ -260,7 +266,8 @@ def _rebuilt(
 
 def _is_fixed(module: object) -> bool:
     """Whether a module belongs to a package whose functions never change."""
-    return str(module).split(".")[0] in _FIXED
+    name = str(module)
+    return name.split(".")[0] in _FIXED and not f"{name}.".startswith(f"{_DRAWS}.")
 
 
 def _function(function: FunctionType, place: str, within: tuple[CodeType, ...]) -> tuple[Any, ...]:
@@ -318,10 +325,10 @@ def _atom(value: Any, place: str, within: tuple[CodeType, ...], name: str) -> tu
     plain = plain_function(value)
     if plain is not None and not _is_fixed(plain.__module__):
         return _function(plain, place, within)
-    module = str(getattr(value, "__module__", None) or type(value).__module__)
-    if (_is_fixed(module) and not isinstance(value, np.ndarray)) or isinstance(
-        value, (BuiltinFunctionType, type)
-    ):
+    if value is print:
+        raise TypeError(f"{place} prints, which a kernel cannot")
+    module = str(getattr(value, "__module__", None))  # None for methods of objects
+    if callable(value) and _is_fixed(module):
         label = getattr(value, "__qualname__", getattr(value, "__name__", repr(value)))
         return ("named", module, str(label))
     hint = ""

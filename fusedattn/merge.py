@@ -122,10 +122,12 @@ def _check(states: tuple[State, ...], layout: str) -> None:
                 f"{type(state).__name__}; attention() returns one with return_lse=True"
             )
         for name, array, first in zip(("out", "lse"), state, states[0], strict=True):
-            if type(array) is not np.ndarray or array.dtype.name not in _FLOATS:
+            is_array = type(array) is np.ndarray
+            if not is_array or array.dtype.name not in _FLOATS or not array.dtype.isnative:
                 kind = getattr(array, "dtype", type(array).__name__)
                 raise TypeError(
-                    f"{name} of states[{position}] must be an array of a float dtype, but is {kind}"
+                    f"{name} of states[{position}] must be an array of a float dtype in the "
+                    f"machine's byte order, but is {kind}"
                 )
             if array.dtype != first.dtype:
                 raise TypeError(

@@ -29,6 +29,8 @@ Array = NDArray[Any]
 
 # Functions of NumPy that are elementwise, and no ufuncs.
 _ELEMENTWISE = (np.where, np.clip)
+# In Python and in kernels ``True + True`` is 2.
+_COUNTING = (np.add, np.subtract, np.negative)
 
 
 class _NeedsLoop(Exception):
@@ -60,7 +62,10 @@ class Numbers(np.lib.mixins.NDArrayOperatorsMixin):
             return NotImplemented
         if method != "__call__" or keywords or ufunc.signature is not None:
             raise _NeedsLoop
-        return _wrap(ufunc(*map(_unwrap, inputs)))
+        values = [_unwrap(x) for x in inputs]
+        if ufunc in _COUNTING and all(np.asarray(x).dtype == bool for x in values):
+            values = [np.asarray(x).astype(np.int64) for x in values]
+        return _wrap(ufunc(*values))
 
     def __array_function__(self, function: Any, _types: Any, inputs: Any, keywords: Any) -> Any:
         """Apply one of the few others that are elementwise."""
@@ -131,7 +136,7 @@ def evaluate(function: UserFunction, *arguments: Array) -> Array:
     Parameters
     ----------
     function : UserFunction
-        Its aux arrays are passed on; floating ones are read as float64.
+        Its aux arrays are passed on; floating ones are read as float64, integers as int64.
     *arguments : ndarray, (pairs,)
         Its other arguments: scores (float64 or float32), batch, heads, rows and keys (int64).
 
@@ -158,7 +163,7 @@ def evaluate(function: UserFunction, *arguments: Array) -> Array:
     result = np.empty(arguments[-1].shape, kind)
     if not result.size:
         return result
-    aux = [_readable(array) for array in function.aux]
+    aux = [readable(array) for array in function.aux]
     call = in_numpy(function.function)
     with np.errstate(all="ignore"):
         # Whatever goes wrong for all pairs at once goes wrong again, or does not, for one alone.
@@ -169,9 +174,11 @@ def evaluate(function: UserFunction, *arguments: Array) -> Array:
     return result
 
 
-def _readable(array: Array) -> Array:
-    """Read half types as float64, with which not every machine computes; nothing is written."""
-    view = array.view() if array.dtype.kind in "iub" else array.astype(np.float64)
+def readable(array: Array) -> Array:
+    """Return an aux array as it is computed with: in float64, int64, uint64 or bool, read-only."""
+    kind = {"f": np.float64, "V": np.float64, "i": np.int64, "u": np.int64}.get(array.dtype.kind)
+    is_wide = kind is None or array.dtype == np.uint64
+    view = array.view() if is_wide else array.astype(kind)
     view.flags.writeable = False
     return view
 

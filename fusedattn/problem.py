@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from fusedattn import checks, operands
 from fusedattn.block_mask import BlockMask
 from fusedattn.checks import Array
-from fusedattn.functions import UserFunction, user_function
+from fusedattn.functions import UserFunction, aux_arrays, user_function
 from fusedattn.masks import MAX_SEQLEN, UNBOUNDED, KeyRange, relative_bounds, visible_pairs
 
 
@@ -262,7 +262,7 @@ def make_problem(
     function = None
     if score_mod is not None:
         function = user_function("score_mod", score_mod, score_mod_aux)
-    elif len(score_mod_aux):
+    elif aux_arrays("score_mod", score_mod_aux):
         raise ValueError("score_mod_aux must be () without a score_mod, but is given")
     if block_mask is not None:
         operands.check_block_mask(block_mask, batch[1], q.shape[-3], seqlen_q, seqlen_k)

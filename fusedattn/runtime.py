@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 from numpy.typing import DTypeLike
 
 from fusedattn import checks, dispatch
@@ -28,10 +27,11 @@ def warmup(*, dtypes: Sequence[DTypeLike] = ("float32",)) -> None:
     >>> import fusedattn
     >>> fusedattn.warmup(dtypes=["float32"])
     """
-    wanted = [np.dtype(dtype) for dtype in dtypes]
-    for dtype in wanted:
-        if dtype not in checks.ACCUMULATOR:
-            raise TypeError(f"dtypes must hold {checks.FLOAT_NAMES}, but holds {dtype}")
+    if isinstance(dtypes, str) or not isinstance(dtypes, Sequence):
+        raise TypeError(
+            f"dtypes must be a sequence of {checks.FLOAT_NAMES}, but is {checks.describe(dtypes)}"
+        )
+    wanted = [checks.storage_dtype("dtypes", dtype) for dtype in dtypes]
     dispatch.load("cpu")
     from fusedattn.cpu import backend
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusedattn.functions import UserFunction
-from fusedattn.pointwise import Numbers, Sloped, Table, evaluate, in_numpy, in_parts
+from fusedattn.pointwise import Numbers, Sloped, Table, evaluate, in_numpy, in_parts, readable
 
 Array = NDArray[Any]
 
@@ -228,7 +228,7 @@ def _runs(
     def run(pairs: Array) -> Any:
         reads = _Reads(wanted)
         tables = [
-            Table(array)
+            Table(readable(array))
             if array.dtype.kind in "iub"
             else _DualTable(array.astype(np.float64), number, reads, ())
             for number, array in enumerate(function.aux)

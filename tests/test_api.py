@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import fusedattn
-from fusedattn import api, attention, attention_weights, dispatch, dropout_mask, explain
+from fusedattn import api, attention, attention_weights, dispatch, dropout_mask, explain, plan
 from fusedattn.plan import OPTIONS, Call, Plan
 from fusedattn.problem import Result, make_problem
 
@@ -99,6 +99,9 @@ def test_an_unknown_backend_is_named():
         attention(Q, K, V, backend="tpu")
     with pytest.raises(ValueError, match=expected):
         explain(Q, K, V, backend="tpu")
+    for wrong in (["cpu"], {"cpu"}, 3):
+        with pytest.raises(ValueError, match="backend must be None or one of"):
+            attention(Q, K, V, backend=wrong)
 
 
 class Lazy:
@@ -165,10 +168,16 @@ def test_weights_are_those_that_multiply_v():
     np.testing.assert_allclose(out, weights @ np.repeat(V, 2, axis=1), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["out", "out_dtype", "return_lse", "backend"])
+@pytest.mark.parametrize("name", ["out", "out_dtype", "return_lse", "backend", "stream", "maks"])
 def test_weights_refuse_what_they_do_not_have(name):
-    with pytest.raises(TypeError, match=f"attention_weights has no argument {name}"):
+    with pytest.raises(TypeError, match=rf"attention_weights\(\) got an unexpected .* '{name}'"):
         attention_weights(Q, K, **{name: None})
+
+
+@pytest.mark.parametrize("function", [attention, explain, plan])
+def test_an_unknown_keyword_is_told_by_the_function_that_was_called(function):
+    with pytest.raises(TypeError, match=rf"{function.__name__}\(\) got an unexpected .* 'maks'"):
+        function(Q, K, V, maks=None)
 
 
 def test_the_dropout_mask_is_that_of_attention():
@@ -180,6 +189,8 @@ def test_the_dropout_mask_is_that_of_attention():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
+        ((5, 0.5, 1), TypeError, r"shape must be a tuple .* but is 5"),
+        ((None, 0.5, 1), TypeError, r"shape must be a tuple"),
         (((5, 7), 0.5, 1), ValueError, r"shape must be \(..., heads, seqlen_q, seqlen_k\)"),
         (((1, 5, -7), 0.5, 1), ValueError, "each axis of shape must be in the range"),
         (((1, 5, 7.0), 0.5, 1), TypeError, "each axis of shape must be an int"),
@@ -192,9 +203,16 @@ def test_a_bad_dropout_mask_is_refused(arguments, error, message):
         dropout_mask(*arguments)
 
 
-def test_warmup_refuses_what_it_cannot_compile():
-    with pytest.raises(TypeError, match=r"dtypes must hold float16, .* but holds int64"):
-        fusedattn.warmup(dtypes=["int64"])
+@pytest.mark.parametrize("dtype", ["int64", "flaot32", None, 5])
+def test_warmup_refuses_what_it_cannot_compile(dtype):
+    with pytest.raises(TypeError, match=rf"dtypes must hold float16, .* but holds .?{dtype}"):
+        fusedattn.warmup(dtypes=[dtype])
+
+
+@pytest.mark.parametrize("dtypes", ["float32", np.float32, None])
+def test_warmup_takes_a_sequence(dtypes):
+    with pytest.raises(TypeError, match="dtypes must be a sequence of float16"):
+        fusedattn.warmup(dtypes=dtypes)
 
 
 @pytest.mark.parametrize(

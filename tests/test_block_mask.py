@@ -196,6 +196,14 @@ def test_a_picture_shows_full_partial_and_empty_blocks():
     assert lines[0][-1] == "."
 
 
+@pytest.mark.parametrize("where", [{"batch": 1}, {"head": 2}, {"head": -1}, {"batch": "x"}])
+def test_a_picture_of_what_is_not_there_is_refused(where):
+    mask = make_block_mask(causal, None, 2, 8, 8)
+    name = next(iter(where))
+    with pytest.raises((TypeError, ValueError), match=f"{name} must be"):
+        mask.draw(**where)
+
+
 def test_a_mask_is_plotted_on_request():
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")

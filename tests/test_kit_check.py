@@ -122,6 +122,31 @@ def test_an_unknown_capability_is_an_error():
         check_attention(plain_attention, supports={"flying"})
 
 
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"fn": None}, TypeError, "fn must be callable, but is None"),
+        ({"gradient": 3}, TypeError, "gradient must be callable, but is 3"),
+        ({"domain": "x"}, TypeError, "domain must be callable, but is 'x'"),
+        ({"supports": "causal"}, TypeError, "supports must hold names, but is 'causal'"),
+        ({"supports": 5}, TypeError, "supports must hold names, but is 5"),
+        ({"dtypes": "float32"}, TypeError, "dtypes must hold names, but is 'float32'"),
+        ({"dtypes": ("int8",)}, TypeError, "dtypes must hold float16, .* but holds 'int8'"),
+        ({"dtypes": ()}, ValueError, "dtypes must hold at least one"),
+        ({"laws": "in_hull"}, TypeError, "laws must hold names, but is 'in_hull'"),
+        ({"laws": []}, ValueError, "laws must name at least one"),
+        ({"xfail": ["in_hull"]}, TypeError, "xfail must be a mapping"),
+        ({"max_examples": 0}, ValueError, "max_examples must be in the range 1"),
+        ({"max_examples": 2.5}, TypeError, "max_examples must be an int"),
+        ({"seed": "a"}, TypeError, "seed must be an int"),
+        ({"bitwise": 1}, TypeError, "bitwise must be True or False"),
+    ],
+)
+def test_a_wrong_argument_is_named_and_never_passes_for_a_check(changes, error, message):
+    with pytest.raises(error, match=message):
+        check_attention(**{"fn": plain_attention, "max_examples": 1, "seed": 0, **changes})
+
+
 def test_an_exception_is_a_failure_with_its_text():
     def raises(q, k, v):
         raise RuntimeError("no kernel for this shape")
@@ -255,6 +280,13 @@ class TestCommand:
         app = typer.Typer()
         app.command()(kit_cli.check)
         return CliRunner().invoke(app, list(arguments))
+
+    def test_a_report_that_cannot_be_written_is_printed(self, tmp_path):
+        where = ("--json", str(tmp_path / "nowhere/report.json"))
+        done = self.run(
+            "kit_subject:plain_attention", "--examples", "1", "--laws", "in_hull", *where
+        )
+        assert (done.exit_code, "held" in done.output, "nowhere" in done.output) == (2, True, True)
 
     def test_exit_status_0_only_if_all_laws_hold(self, tmp_path):
         path = tmp_path / "report.json"

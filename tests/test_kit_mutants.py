@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from kit_kills import KILLED_BY
 from kit_mutants import MUTANTS
@@ -44,6 +45,21 @@ def test_the_docs_tell_of_every_mutant_and_its_law():
     rows = re.findall(r"^\| (\w+) \| ([\w\[\]]+) \| \d+ \|$", table, re.MULTILINE)
     assert dict(rows) == KILLED_BY
     assert KILLED_BY.keys() == MUTANTS.keys()
+
+
+def rounds_bias_and_sinks_to_float32(q, k, v, *, bias=None, sinks=None):
+    """Wrong for float64, and for nothing else."""
+    with np.errstate(over="ignore"):
+        narrow = [None if x is None else x.astype(np.float32) for x in (bias, sinks)]
+    return attention(q, k, v, bias=narrow[0], sinks=narrow[1], backend="reference")
+
+
+def test_a_kernel_of_many_types_is_given_those_that_go_together():
+    supports = frozenset({"bias", "sinks"})
+    kernel = Kernel(rounds_bias_and_sinks_to_float32, supports=supports, dtypes=DTYPES)
+    law = next(law for law in ALL if law.name == "equals_reference")
+    for seed in range(3):
+        assert try_law(law, kernel, 100, seed, shrink=False).status == "failed"
 
 
 @pytest.mark.deep

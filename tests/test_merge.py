@@ -161,6 +161,7 @@ def test_a_sink_given_to_one_part_enters_once():
         ),
         (((EMPTY[0], EMPTY[1].T),), ValueError, r"lse must have shape .* and lse \(5, 2\)"),
         (((EMPTY[1], EMPTY[1][0]),), ValueError, r"out has shape \(2, 5\)"),
+        ([(EMPTY[0].astype(">f4"), EMPTY[1])], TypeError, "out of states.0. .* byte order"),
     ],
 )
 def test_what_does_not_fit_is_refused(states, error, message):

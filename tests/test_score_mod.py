@@ -11,6 +11,7 @@ from cpu_backend import assert_same_bits, normal, python
 
 import fusedattn
 from fusedattn import attention
+from fusedattn.cpu.user import compiled
 from fusedattn.functions import fingerprint
 from fusedattn.kernel_files import cache_dir
 
@@ -62,6 +63,70 @@ def test_the_score_is_scaled_and_comes_before_softcap_alibi_and_bias(backend):
         bias=bias, alibi_slopes=slopes, backend=backend,
     )  # fmt: skip
     np.testing.assert_allclose(out, expected, atol=2e-5)
+
+
+@each_backend
+def test_arguments_with_defaults_and_starred_ones_are_arguments(backend):
+    q, k, v = operands()
+    for factor in (0.5, 2.0):
+        expected = attention(q, k, v, bias=np.float32(factor) * TABLE[0, :70], backend=backend)
+
+        def default(score, batch, head, q_idx, k_idx, table, factor=factor):
+            return score + factor * table[0, k_idx]
+
+        def starred(score, *others):
+            return score + factor * others[4][0, others[3]]  # noqa: B023
+
+        for function in (default, starred):
+            out = attention(q, k, v, score_mod=function, score_mod_aux=(TABLE,), backend=backend)
+            np.testing.assert_allclose(out, expected, atol=2e-5)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "int32", "bool"])
+def test_small_integers_neither_wrap_nor_saturate(backend, dtype):
+    q, k, v = operands()
+    table = (np.arange(70) * 37 % 120).astype(dtype)
+    wide = table.astype(int)
+    bias = (wide[:50, None] - wide) + 3 * (wide[:50, None] + wide)
+
+    def score_mod(score, batch, head, q_idx, k_idx, table):
+        difference, total = table[q_idx] - table[k_idx], table[q_idx] + table[k_idx]
+        return score + 0.01 * (difference + 3 * total)
+
+    aux = {"score_mod": score_mod, "score_mod_aux": (table,)}
+    if dtype == "bool":  # True - True is for numbers alone
+
+        def of_bools(score, batch, head, q_idx, k_idx, table):
+            return score + 0.01 * ((k_idx > 5) + (k_idx > 9) + table[k_idx] + (table[k_idx] + True))
+
+        aux["score_mod"] = of_bools
+        later = np.arange(70)
+        bias = (later > 5).astype(int) + (later > 9) + table + table + 1
+    out = attention(q, k, v, **aux, backend=backend)
+    expected = attention(q, k, v, bias=0.01 * bias, backend=backend)
+    np.testing.assert_allclose(out, expected, atol=2e-5)
+
+
+def factorial(n):
+    return 1.0 if n <= 1 else n * factorial(n - 1)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda score, b, h, q, k: [score, 1.0][0],
+        lambda score, b, h, q, k: math.erf(score),
+        lambda score, b, h, q, k: score + 1 / factorial(k % 5),
+    ],
+    ids=["lists", "calls", "recursion"],
+)
+def test_the_compiler_says_nothing_where_code_is_no_vector(function, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("FUSEDATTN_CACHE_DIR", str(tmp_path))
+    compiled._compiled.clear()
+    q, k, v = operands()
+    attention(q, k, v, score_mod=function, scale=0.1357)
+    assert capfd.readouterr() == ("", "")
 
 
 @each_backend

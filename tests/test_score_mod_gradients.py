@@ -196,6 +196,7 @@ BINARY = {
     "maximum": lambda x: np.maximum(x, 0.1) + np.minimum(x, 0.5 * x),
     "abs": lambda x: abs(x) * x,
     "where": lambda x: np.where(x > 0.2, x * x, 2.0 * x),
+    "clip": lambda x: np.clip(x, -0.4, 0.5),
     "conditional": lambda x: x * x if x > 0.1 else 1.0,
     "copysign": lambda x: math.copysign(x, -1.0),
     "reciprocal": lambda x: 1 / (2 + x),

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import random
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from fusedattn import attention, make_block_mask
 
 Q = np.random.default_rng(0).standard_normal((2, 8, 4)).astype(np.float32)
 TABLE = np.zeros(4)
+NUMBERS = [1.0, 2.0]
 
 
 class Thing:
@@ -57,6 +59,40 @@ def an_outer_array(score, batch, head, q_idx, k_idx):
     return score + TABLE[q_idx]
 
 
+def an_outer_list(score, batch, head, q_idx, k_idx):
+    return score + NUMBERS[0]
+
+
+def an_outer_class(score, batch, head, q_idx, k_idx):
+    return score + Thing.x
+
+
+def chance(score, batch, head, q_idx, k_idx):
+    return score + random.random()
+
+
+def chance_of_numpy(score, batch, head, q_idx, k_idx):
+    return score + np.random.rand()  # noqa: NPY002
+
+
+def output(score, batch, head, q_idx, k_idx):
+    print(score)
+    return score
+
+
+def by_name(score, batch, head, q_idx, k_idx, *, factor=2.0):
+    return score * factor
+
+
+def half_power(head):
+    return 2 ** -(head + 1)
+
+
+def integer_power(score, batch, head, q_idx, k_idx):
+    slope = half_power(head)
+    return score - slope * (q_idx - k_idx) ** 2
+
+
 def an_exception(score, batch, head, q_idx, k_idx):
     if q_idx > k_idx:
         raise ValueError("no")
@@ -90,6 +126,13 @@ MISTAKES = {
     unknown_name: (NameError, "undefined"),
     an_object: (TypeError, r"reads thing, which is of type .*Thing"),
     an_outer_array: (TypeError, "reads TABLE, which is an array .* pass it as an array in aux"),
+    an_outer_list: (TypeError, "reads NUMBERS, which is .*list.* pass it as an array in aux"),
+    an_outer_class: (TypeError, "reads Thing, which is of type"),
+    chance: (TypeError, r"reads random.random, which is"),
+    chance_of_numpy: (TypeError, r"reads np.random.rand, which is"),
+    output: (TypeError, "prints, which a kernel cannot"),
+    by_name: (TypeError, "must take the 5 arguments .* takes factor by name alone"),
+    integer_power: (TypeError, "power"),
     an_exception: (TypeError, "raises an exception"),
     missing_argument: (TypeError, "line {last}.*hypot"),
     too_many_indices: ((TypeError, IndexError), "line {last}"),
@@ -140,6 +183,12 @@ def test_aux_arrays_are_checked(aux, message):
 def test_aux_without_a_function_is_refused():
     with pytest.raises(ValueError, match="score_mod_aux"):
         attention(Q, Q, Q, score_mod_aux=(TABLE,))
+
+
+@pytest.mark.parametrize("aux", [None, 5, TABLE])
+def test_aux_is_a_tuple_without_a_function_too(aux):
+    with pytest.raises(TypeError, match="score_mod_aux must be a tuple of arrays"):
+        attention(Q, Q, Q, score_mod_aux=aux)
 
 
 def test_out_may_not_overlap_an_aux_array():

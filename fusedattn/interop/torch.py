@@ -53,7 +53,8 @@ def attention(
         Also return the log-sum-exp of each row, which is differentiable too.
     **options
         The other keywords of `fusedattn.attention`, with tensors in the place of arrays and a
-        ``torch.dtype`` as `out_dtype`. There is no `out`.
+        ``torch.dtype`` as `out_dtype`. There is no `out`. The arrays of `score_mod_aux` stay NumPy
+        arrays and get no gradient here (`fusedattn.attention_backward` has it).
 
     Returns
     -------

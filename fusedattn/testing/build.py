@@ -120,8 +120,8 @@ def _length(rng: Generator, length: int) -> int:
 def _any_float(rng: Generator, plain: np.dtype[Any], mixed: bool) -> np.dtype[Any]:
     if not mixed:
         return plain
-    names = ["float32", "float64", "float16", "bfloat16"]
-    dtype: np.dtype[Any] = np.dtype(str(rng.choice(names, p=[0.7, 0.1, 0.1, 0.1])))
+    others = [name for name in ("float32", "float64", "float16", "bfloat16") if name != plain.name]
+    dtype: np.dtype[Any] = np.dtype(str(rng.choice([plain.name, *others], p=[0.7, 0.1, 0.1, 0.1])))
     return dtype
 
 

@@ -14,9 +14,10 @@ import numpy as np
 from hypothesis import HealthCheck, Phase, Verbosity
 from hypothesis.errors import HypothesisException
 
+from fusedattn import checks
 from fusedattn.problem import AttentionProblem
 from fusedattn.testing.cases import Case
-from fusedattn.testing.kernel import Kernel, OutsideDomain, as_supports
+from fusedattn.testing.kernel import Kernel, OutsideDomain, as_dtypes, as_names, as_supports
 from fusedattn.testing.laws import ALL, Law
 from fusedattn.testing.report import Failure, Outcome, Report, runnable
 
@@ -97,6 +98,12 @@ def check_attention(
     Report
         ``report.ok``, ``report.failures``; prints as a table.
 
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is not as it should be: a law, a capability or a dtype that does not exist,
+        no dtype or no law at all. Whatever `fn` raises is a failure of a law, and in the report.
+
     Examples
     --------
     >>> import numpy as np
@@ -110,7 +117,7 @@ def check_attention(
     kernel = Kernel(
         fn,
         supports=as_supports(supports),
-        dtypes=tuple(dtypes),
+        dtypes=as_dtypes(dtypes),
         returns_lse=returns_lse,
         gradient=gradient,
         bitwise=bitwise,
@@ -120,8 +127,10 @@ def check_attention(
     )
     chosen = select_laws(laws)
     expected = read_xfail(xfail)
+    checks.integer("max_examples", max_examples, 1, 2**31)
     if seed is None:
         seed = random.SystemRandom().randrange(2**32)
+    checks.integer("seed", seed, 0, 2**64 - 1)
     outcomes = []
     for done, law in enumerate(chosen):
         if progress is not None:
@@ -136,7 +145,9 @@ def select_laws(names: Iterable[str] | None) -> tuple[Law, ...]:
     """Return the laws that have one of these names, or else begin with one."""
     if names is None:
         return ALL
-    wanted = tuple(names)
+    wanted = as_names("laws", names)
+    if not wanted:
+        raise ValueError("laws must name at least one law, or be None for all, but is empty")
     for name in wanted:
         if not any(law.name.startswith(name) for law in ALL):
             raise ValueError(f"there is no law {name!r}; the laws are {[law.name for law in ALL]}")
@@ -153,6 +164,11 @@ def read_xfail(xfail: Mapping[str, str] | str | Path | None) -> dict[str, str]:
         return {}
     if isinstance(xfail, Mapping):
         known = dict(xfail)
+    elif not isinstance(xfail, (str, Path)):
+        raise TypeError(
+            "xfail must be a mapping of laws to reasons or the path of a file, but is "
+            f"{checks.describe(xfail)}"
+        )
     else:
         lines = [line.split("#")[0].strip() for line in Path(xfail).read_text().splitlines()]
         pairs = (line.partition(":") for line in lines if line)

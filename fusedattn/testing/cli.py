@@ -57,13 +57,21 @@ def check(
                 xfail=xfail,
                 progress=progress,
             )
-    except (ValueError, ImportError, AttributeError, OSError) as error:
-        Console(stderr=True).print(f"check: {error}", style="red", markup=False)
-        raise typer.Exit(2) from None
-    if json is not None:
-        json.write_text(report.as_json() + "\n")
+    except (TypeError, ValueError, ImportError, AttributeError, OSError) as error:
+        raise _stop(error) from None
     typer.echo(str(report))
+    try:
+        if json is not None:
+            json.write_text(report.as_json() + "\n")
+    except OSError as error:
+        raise _stop(error) from None
     raise typer.Exit(0 if report.ok else 1)
+
+
+def _stop(error: Exception) -> typer.Exit:
+    """Print what is wrong; return what to raise."""
+    Console(stderr=True).print(f"check: {error}", style="red", markup=False)
+    return typer.Exit(2)
 
 
 def adapt(target: str, adapter: str) -> Adapted:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fusedattn import checks
 from fusedattn.problem import AttentionProblem
 from fusedattn.testing.buffers import Placed, poison
 from fusedattn.testing.cases import Answer, Case
@@ -72,6 +73,12 @@ class Kernel:
     set_threads: Callable[[int], Any] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("fn", "gradient", "domain", "set_threads"):
+            value = getattr(self, name)
+            if not callable(value) and (name == "fn" or value is not None):
+                raise TypeError(f"{name} must be callable, but is {checks.describe(value)}")
+        for name in ("returns_lse", "bitwise", "deterministic"):
+            checks.flag(name, getattr(self, name))
         unknown = self.supports - KEYWORDS - CAPABILITIES - CONFESSIONS
         if unknown:
             raise ValueError(
@@ -203,8 +210,23 @@ def _canonical(out: Any, lse: Any, problem: AttentionProblem, bshd: bool) -> Ans
     return Answer(out.copy(), lse.copy())
 
 
+def as_names(argument: str, value: Iterable[str]) -> tuple[str, ...]:
+    """Return names that were given one by one: a text would be taken for its letters."""
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise TypeError(f"{argument} must hold names, but is {checks.describe(value)}")
+    return tuple(value)
+
+
+def as_dtypes(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the types of q, k and v, of which there is at least one."""
+    dtypes = as_names("dtypes", names)
+    if not dtypes:
+        raise ValueError("dtypes must hold at least one dtype, but is empty")
+    return tuple(checks.storage_dtype("dtypes", dtype).name for dtype in dtypes)
+
+
 def as_supports(names: Iterable[str]) -> frozenset[str]:
     """Return declared names as a set; ``dropout_p`` and ``score_mod`` bring others along."""
-    chosen = frozenset(names)
+    chosen = frozenset(as_names("supports", names))
     brought = {"dropout_p": "seed", "score_mod": "score_mod_aux"}
     return chosen | {other for name, other in brought.items() if name in chosen}

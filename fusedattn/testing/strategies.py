@@ -28,7 +28,31 @@ def shapes(
     focus: Collection[str] = (),
     sizes: Sizes | None = None,
 ) -> Shapes:
-    """Draw the sizes of a call that the declared capabilities allow."""
+    """Draw the sizes of a call that the declared capabilities allow.
+
+    Parameters
+    ----------
+    supports : collection of str
+        Capabilities as for `check_attention`: ``gqa``, ``head_dim_v``, ``leading_axes``,
+        ``zero_size``; all by default.
+    focus : collection of str
+        Those that every draw has.
+    sizes : Sizes, optional
+        Sizes to choose from.
+
+    Returns
+    -------
+    strategy of Shapes
+
+    Examples
+    --------
+    >>> from hypothesis import given, settings
+    >>> @settings(max_examples=5)
+    ... @given(shapes(supports={"gqa"}))
+    ... def heads_are_shared_evenly(drawn):
+    ...     assert drawn.num_heads % drawn.num_heads_kv == 0
+    >>> heads_are_shared_evenly()
+    """
     sizes = sizes or Sizes()
     seqlen_k = draw(st.sampled_from(sizes.seqlen_k))
     seqlen_q = draw(st.sampled_from(sizes.seqlen_q))
@@ -84,7 +108,14 @@ def shapes(
 
 
 def magnitudes() -> st.SearchStrategy[tuple[str, str, str, float | None]]:
-    """Draw styles of q, k and v, and the size of the logits."""
+    """Draw styles of q, k and v, and the size of the logits.
+
+    Returns
+    -------
+    strategy of (str, str, str, float or None)
+        Three of the styles of `fusedattn.testing.fill`, such as ``"ties"`` or ``"subnormal"``, and
+        the standard deviation of the logits; None stands for the largest of the domain.
+    """
     plain = st.just("normal")
     return st.tuples(
         plain | st.sampled_from(fill.STYLES),
@@ -95,13 +126,46 @@ def magnitudes() -> st.SearchStrategy[tuple[str, str, str, float | None]]:
 
 
 def layouts() -> st.SearchStrategy[str]:
-    """Draw how an array lies in memory."""
+    """Draw how an array lies in memory: one of `fusedattn.testing.PLACEMENTS`.
+
+    Returns
+    -------
+    strategy of str
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from fusedattn.testing import PLACEMENTS, Placed
+    >>> all(Placed(np.eye(3), how).view[1, 1] == 1 for how in PLACEMENTS)
+    True
+    """
     return st.sampled_from(PLACEMENTS)
 
 
 @st.composite
 def masks(draw: st.DrawFn, shape: tuple[int, ...]) -> Array:
-    """Draw a boolean mask that broadcasts to the shape of the logits."""
+    """Draw a boolean mask that broadcasts to the shape of the logits.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        ``(..., heads, seqlen_q, seqlen_k)``.
+
+    Returns
+    -------
+    strategy of ndarray of bool
+        True = attend. Some hide whole rows, some whole keys.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from hypothesis import given, settings
+    >>> @settings(max_examples=5)
+    ... @given(masks((2, 3, 4)))
+    ... def fits(mask):
+    ...     assert np.broadcast_shapes(mask.shape, (2, 3, 4)) == (2, 3, 4)
+    >>> fits()
+    """
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     return fill.mask_values(rng, broadcastable(rng, shape))
 
@@ -143,6 +207,20 @@ def attention_problems(
     Returns
     -------
     strategy of Case
+
+    Raises
+    ------
+    ValueError
+        If `domain` admits no call of the sizes to choose from.
+
+    Examples
+    --------
+    >>> from hypothesis import given, settings
+    >>> @settings(max_examples=5)
+    ... @given(attention_problems(supports={"causal", "gqa"}))
+    ... def out_has_the_shape_of_q(case):
+    ...     assert case.expected.out.shape == (*case.q.shape[:-1], case.v.shape[-1])
+    >>> out_has_the_shape_of_q()
     """
     chosen = as_supports(supports) - frozenset(without)
     if domain is not None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import settings
 
 from fusedattn.testing.check import read_xfail, select_laws, try_law
-from fusedattn.testing.kernel import Kernel, as_supports
+from fusedattn.testing.kernel import Kernel, as_dtypes, as_supports
 from fusedattn.testing.laws import Law
 
 
@@ -44,6 +44,11 @@ def make_suite(
     type
         Assign it to a name that begins with ``Test`` in a test module.
 
+    Raises
+    ------
+    TypeError, ValueError
+        As `check_attention`.
+
     Examples
     --------
     >>> def attention(q, k, v): ...
@@ -51,7 +56,7 @@ def make_suite(
     >>> hasattr(TestAttention, "test_law")
     True
     """
-    kernel = Kernel(fn, supports=as_supports(supports), dtypes=tuple(dtypes), **options)
+    kernel = Kernel(fn, supports=as_supports(supports), dtypes=as_dtypes(dtypes), **options)
     known = read_xfail(xfail)
     cases = []
     for law in select_laws(laws):

@@ -256,7 +256,25 @@ def _finished(module: ir.Module, loop: Any) -> str:
 
 
 def _optimised(code: str, user_codes: list[str]) -> Any:
-    """Link the user's functions in, and optimise; return the LLVM module."""
+    """Link the user's functions in, and optimise; return the LLVM module.
+
+    The loop over the lanes becomes a vector only if nothing is left to call in it. Where something
+    is, LLVM must not be told to: it would say on stderr that it cannot.
+    """
+    module = _linked_and_run(code, user_codes, vectorize=False)
+    if not _calls(module):
+        module = _linked_and_run(code, user_codes, vectorize=True)
+    _check_linked(module)
+    return module
+
+
+def _calls(module: Any) -> bool:
+    """Whether optimised code still calls functions, LLVM's own apart."""
+    names = [function.name for function in module.functions]
+    return sum(not name.startswith("llvm.") for name in names) > 1
+
+
+def _linked_and_run(code: str, user_codes: list[str], *, vectorize: bool) -> Any:
     from fusedattn.cpu.compile import host_machine
 
     machine = host_machine()
@@ -271,10 +289,9 @@ def _optimised(code: str, user_codes: list[str]) -> Any:
             function.linkage = "internal"
     tuning = llvm.create_pipeline_tuning_options(speed_level=3)
     tuning.loop_unrolling, tuning.slp_vectorization = False, False
-    tuning.loop_vectorization = True
+    tuning.loop_vectorization = vectorize
     passes = llvm.create_pass_builder(machine, tuning)
     passes.getModulePassManager().run(module, passes)
-    _check_linked(module)
     return module
 
 

@@ -52,7 +52,12 @@ def table_type(storage: str, ndim: int, real: Any) -> Table:
     """Return the type of an aux array in a function whose scores are of the type ``real``."""
     if storage in HALF_TYPES:
         return Table(storage, real, ndim)
-    return Table(storage, getattr(types, "boolean" if storage == "bool" else storage), ndim)
+    if storage == "bool":
+        return Table(storage, types.boolean, ndim)
+    kind = getattr(types, storage)
+    # Numba would make two uint8 an uint64, whose difference is never negative.
+    is_narrow = isinstance(kind, types.Integer) and kind != types.uint64
+    return Table(storage, types.int64 if is_narrow else kind, ndim)
 
 
 def words_of(ndim: int) -> int:
@@ -164,10 +169,11 @@ def read_element(context: Any, builder: Any, kind: Table, address: Any) -> Any:
     if kind.storage == "bool":
         byte = builder.load(builder.inttoptr(address, ir.IntType(8).as_pointer()))
         return builder.icmp_unsigned("!=", byte, ir.IntType(8)(0))
-    memory = context.get_value_type(kind.dtype).as_pointer()
+    stored = getattr(types, kind.storage)
+    memory = context.get_value_type(stored).as_pointer()
     element = builder.load(builder.inttoptr(address, memory))
     element.align = 1
-    return element
+    return context.cast(builder, element, stored, kind.dtype)
 
 
 @infer_getattr

@@ -5,8 +5,11 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
+import operator
 import re
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -124,15 +127,19 @@ def _select(condition: Any, true: Any, false: Any) -> Any:
     return true if condition else false
 
 
+def _clip(value: Any, low: Any, high: Any) -> Any:
+    return min(max(value, low), high)
+
+
 @functools.cache
 def _numpy_of_scalars() -> ModuleType:
-    """NumPy, but for ``where``, which Numba turns into an array even if all it is given is scalar.
+    """NumPy, but for ``where`` and ``clip``, which Numba knows of arrays alone.
 
     (Under the name of NumPy, for its error messages.)
     """
     module = ModuleType("numpy")
     module.__dict__.update(np.__dict__)
-    module.__dict__["where"] = njit(**_OPTIONS)(_select)
+    module.__dict__.update(where=njit(**_OPTIONS)(_select), clip=njit(**_OPTIONS)(_clip))
     names = ("exp", "expm1", "log", "log1p", "sqrt", "tanh", "sin", "cos")
     module.__dict__.update({name: getattr(math, name) for name in names})
     module.__dict__.update(abs=abs, absolute=abs, arctan=math.atan, maximum=max, minimum=min)
@@ -142,18 +149,55 @@ def _numpy_of_scalars() -> ModuleType:
 def _for_numba(value: Any) -> Any:
     if value is np:
         return _numpy_of_scalars()
-    return _numpy_of_scalars().__dict__["where"] if value is np.where else value
+    is_array_function = value is np.where or value is np.clip
+    return _numpy_of_scalars().__dict__[value.__name__] if is_array_function else value
+
+
+def _positional(function: Any, count: int, compiled: Callable[[Any], Any]) -> Any:
+    """Give a function as many arguments as it is called with: not more with defaults, nor ``*``."""
+    code = function.__code__
+    if code.co_argcount == count and not code.co_flags & inspect.CO_VARARGS:
+        return function
+    names = ", ".join(f"argument_{i}" for i in range(count))
+    return eval(f"lambda {names}: function({names})", {"function": compiled(function)})
 
 
 def _typed(function: UserFunction, arguments: tuple[Any, ...]) -> Any:
     """Compile through Numba, telling mistakes as mistakes of the user's function."""
-    plain = rebuilt(function.function, _for_numba, njit(**_OPTIONS))
-    dispatcher: Any = njit(**_OPTIONS)(plain)
+    parts: list[Any] = []
+
+    def compiled(part: Any) -> Any:
+        parts.append(njit(**_OPTIONS)(part))
+        return parts[-1]
+
+    plain = rebuilt(function.function, _for_numba, compiled)
+    dispatcher = compiled(_positional(plain, len(arguments), compiled))
     try:
         dispatcher.compile(arguments)
     except (NumbaError, NotImplementedError) as error:
         raise TypeError(explained(function, error)) from None
+    for part in parts:
+        _check_powers(function, part)
     return dispatcher.overloads[arguments]
+
+
+def _check_powers(function: UserFunction, part: Any) -> None:
+    """Refuse ``2 ** -head``: Python makes it a float, Numba a whole number, which is 0."""
+    for version in part.overloads.values():
+        found = version.type_annotation
+        for expression, signature in found.calltypes.items():
+            if getattr(expression, "op", None) not in ("binop", "inplace_binop"):
+                continue
+            is_power = expression.fn in (operator.pow, operator.ipow)
+            if not is_power or not all(isinstance(kind, types.Integer) for kind in signature.args):
+                continue
+            exponent = getattr(found.typemap[expression.rhs.name], "literal_value", -1)
+            if exponent < 0:
+                raise TypeError(
+                    f"{function.place} cannot be compiled: line {expression.loc.line} of "
+                    f'"{expression.loc.filename}": a power of two integers is wrong where the '
+                    "exponent is negative; make one of them a float, as in 2.0 ** n"
+                ) from None
 
 
 def explained(function: UserFunction, error: Exception) -> str:
