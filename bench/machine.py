@@ -30,7 +30,7 @@ def describe(threads: int) -> dict[str, Any]:
         "machine": {
             "cpu": cpu_name(),
             "cpus": os.cpu_count(),
-            "vector_unit": host_isa().name,
+            "vector_unit": host_isa().name + (" and AMX" if host_isa().matrix else ""),
             "memory": available_memory(),
             "system": f"{platform.system()} {platform.machine()}",
         },
