@@ -7,7 +7,7 @@ from cpu_backend import DTYPES, assert_same_bits, attention_on, each_isa, normal
 from fusedattn import attention
 from fusedattn.cpu.backend import CPU
 from fusedattn.cpu.compile import get_worker
-from fusedattn.cpu.params import address_of
+from fusedattn.cpu.lowering import address_of
 from fusedattn.cpu.tile import CHUNK_KEYS
 from fusedattn.problem import make_problem
 from fusedattn.reference import forward

@@ -9,7 +9,7 @@ import pytest
 
 import fusedattn
 from fusedattn import attention, plan
-from fusedattn.cpu.params import address_of
+from fusedattn.cpu.lowering import address_of
 from fusedattn.plan import CAPACITY, Call, _plans, find
 
 RNG = np.random.default_rng(0)

@@ -10,19 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusedattn.cpu import threads
-from fusedattn.cpu.compile import get_micro, get_rescue, get_worker, known_rescue
-from fusedattn.cpu.forward import NEEDS_RESCUE
-from fusedattn.cpu.micro import GROUPS
-from fusedattn.cpu.params import (
+from fusedattn.cpu.choice import (
     ITEMS_PER_THREAD,
-    Bound,
-    Template,
     groups_of,
     heads_per_item,
     panels_per_item,
     tile_of,
 )
+from fusedattn.cpu.compile import get_micro, get_rescue, get_worker, known_rescue
+from fusedattn.cpu.forward import NEEDS_RESCUE
+from fusedattn.cpu.micro import GROUPS
 from fusedattn.cpu.scratch import working_memory
+from fusedattn.cpu.template import Bound, Template
 from fusedattn.cpu.tile import ROWS_PER_ITEM, host_isa, tile_for
 from fusedattn.cpu.user.code import UserCode
 from fusedattn.problem import AttentionProblem, Gradients, Lengths, Result

@@ -33,15 +33,7 @@ from fusedattn.cpu.backward_params import (
     SUM_OVER_ROWS,
     backward_at,
 )
-from fusedattn.cpu.forward import (
-    COUNTER,
-    EACH_KEY_SEEN,
-    NONE_SEEN,
-    accumulate,
-    copy,
-    kept_keys,
-    stage,
-)
+from fusedattn.cpu.lanes import kept_keys
 from fusedattn.cpu.memory import (
     add_atomic,
     clear,
@@ -59,7 +51,8 @@ from fusedattn.cpu.memory import (
     smaller,
 )
 from fusedattn.cpu.micro import SIGNATURES
-from fusedattn.cpu.params import STOP, USER_FUNCTIONS
+from fusedattn.cpu.panel import EACH_KEY_SEEN, NONE_SEEN, accumulate, copy, stage
+from fusedattn.cpu.params import COUNTER, STOP, USER_FUNCTIONS
 from fusedattn.cpu.simd import native
 
 products = native(SIGNATURES["products"])

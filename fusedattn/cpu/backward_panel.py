@@ -18,26 +18,8 @@ import numpy as np
 
 from fusedattn import masks
 from fusedattn.cpu.backward_params import EACH_ENTRY, backward_at
-from fusedattn.cpu.forward import (
-    ALL_SEEN,
-    COUNTER,
-    EACH_KEY_SEEN,
-    NONE_SEEN,
-    SOME_SEEN,
-    both,
-    fill_lanes,
-    hide_masked,
-    hide_outside,
-    kept_keys,
-    mask_mod,
-    mask_tile,
-    natural_units,
-    pack,
-    scores,
-    stage,
-    summary,
-    weights,
-)
+from fusedattn.cpu.forward import pack
+from fusedattn.cpu.lanes import fill_lanes, kept_keys
 from fusedattn.cpu.memory import (
     clear,
     get_atomic,
@@ -55,7 +37,23 @@ from fusedattn.cpu.memory import (
     smaller,
 )
 from fusedattn.cpu.micro import SIGNATURES
-from fusedattn.cpu.params import STOP
+from fusedattn.cpu.panel import (
+    ALL_SEEN,
+    EACH_KEY_SEEN,
+    NONE_SEEN,
+    SOME_SEEN,
+    both,
+    hide_masked,
+    hide_outside,
+    mask_mod,
+    mask_tile,
+    natural_units,
+    scores,
+    stage,
+    summary,
+    weights,
+)
+from fusedattn.cpu.params import COUNTER, STOP
 from fusedattn.cpu.simd import native
 
 differentiate = native(SIGNATURES["differentiate"])

@@ -17,19 +17,11 @@ import numpy as np
 from numba import from_dtype
 from numpy.typing import NDArray
 
+from fusedattn.cpu.choice import SHARED_ROWS, STORAGE_NAME, in_natural_units
+from fusedattn.cpu.lowering import address_of, batch_offsets, lower_block_mask, lower_scores
 from fusedattn.cpu.memory import STORAGE_CODE, view_as
 from fusedattn.cpu.micro import BACKWARD_GROUPS, LOG2_E, UNSEEN
-from fusedattn.cpu.params import (
-    OPERANDS,
-    PARAMS,
-    SHARED_ROWS,
-    STORAGE_NAME,
-    address_of,
-    batch_offsets,
-    in_natural_units,
-    lower_block_mask,
-    lower_scores,
-)
+from fusedattn.cpu.params import OPERANDS, PARAMS
 from fusedattn.cpu.tile import Tile, backward_tile_for
 from fusedattn.problem import AttentionProblem
 

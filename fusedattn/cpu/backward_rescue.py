@@ -19,7 +19,6 @@ from fusedattn.cpu.backward_panel import (
     write_d_q,
 )
 from fusedattn.cpu.backward_params import backward_at
-from fusedattn.cpu.forward import COUNTER, NONE_SEEN, stage
 from fusedattn.cpu.memory import (
     add_atomic,
     clear,
@@ -32,7 +31,8 @@ from fusedattn.cpu.memory import (
     set_u8,
     smaller,
 )
-from fusedattn.cpu.params import STOP
+from fusedattn.cpu.panel import NONE_SEEN, stage
+from fusedattn.cpu.params import COUNTER, STOP
 from fusedattn.cpu.rescue import is_kept, is_visible, row_addresses
 
 

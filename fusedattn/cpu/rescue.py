@@ -12,13 +12,8 @@ from __future__ import annotations
 import math
 
 from fusedattn import masks, philox
-from fusedattn.cpu.forward import (
-    COUNTER,
-    attend_chunks,
-    fill_lanes,
-    finish,
-    row_interval,
-)
+from fusedattn.cpu.forward import attend_chunks
+from fusedattn.cpu.lanes import fill_lanes, row_interval
 from fusedattn.cpu.memory import (
     get_atomic,
     get_f64,
@@ -34,7 +29,8 @@ from fusedattn.cpu.memory import (
     write_storage,
 )
 from fusedattn.cpu.micro import SIGNATURES
-from fusedattn.cpu.params import STOP, USER_FUNCTIONS, params_at
+from fusedattn.cpu.output import finish
+from fusedattn.cpu.params import COUNTER, STOP, USER_FUNCTIONS, params_at
 from fusedattn.cpu.simd import native
 
 # Sums of values near the largest float64 are kept this much smaller: 2**30 of them still fit.

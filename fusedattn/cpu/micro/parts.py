@@ -28,7 +28,7 @@ LIFT = 2.0**30
 SMALLEST_NORMAL = 2.0**-126
 # Float32 elements below this, lifted, times lifted weights, still sum up to a float32; and what is
 # lost of the smallest, times this, stays far below the roundings of a score (see the scales in
-# `fusedattn.cpu.params`).
+# `fusedattn.cpu.lowering`).
 MOST = 2.0**56
 
 # Rows of a tile of the matrix unit, and bytes of each.
