@@ -28,7 +28,7 @@ from fusedattn.problem import AttentionProblem, Gradients, Lengths, Result
 from fusedattn.undisturbed import undisturbed
 
 # Below this much work waking a thread costs more than it saves.
-ALONE_FLOPS = 5_000_000
+ALONE_FLOPS = 15_000_000
 # Above this much work (some milliseconds) the caller only waits, so that Ctrl-C is heard: were
 # every row to take the exact path, 200 times as slow, its own share could last half a second.
 LONG_FLOPS = 300_000_000
