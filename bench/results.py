@@ -109,7 +109,9 @@ def write(path: Path, about: dict[str, Any], cases: list[Any], apart: dict[str, 
     lines = ",\n".join(json.dumps(case) for case in cases)
     head = json.dumps({"format": FORMAT, "about": about, "apart": apart}, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{head[:-2]},\n "cases": [\n{lines}\n]}}\n')
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(f'{head[:-2]},\n "cases": [\n{lines}\n]}}\n')
+    part.replace(path)  # never half of it
 
 
 def read(path: Path) -> Results:

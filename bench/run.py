@@ -8,6 +8,7 @@ results.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,11 +78,19 @@ def main(
     count, turns = threads or get_num_threads(), rounds or (QUICK_ROUNDS if quick else ROUNDS)
 
     about = machine.describe(count)
+    records: list[dict[str, Any]] = []
+    beside: dict[str, Any] = {}
+
+    def keep() -> None:
+        if json_file is not None:
+            results.write(json_file, about, records, beside)
+
     with working([MACHINE, *names], count) as workers:
-        records = _measure(chosen, workers, turns)
+        for record in _measure(chosen, workers, turns):
+            records.append(record)
+            keep()  # a run that is ended loses nothing
         beside = _apart(workers, count, turns) if whole else {}
-    if json_file is not None:
-        results.write(json_file, about, records, beside)
+        keep()
     found = results.Results(
         {"format": results.FORMAT, "about": about, "apart": beside, "cases": records}
     )
@@ -99,15 +108,15 @@ def _progress() -> Progress:
     )
 
 
-def _measure(cases: list[Case], workers: dict[str, Worker], rounds: int) -> list[dict[str, Any]]:
-    records = []
+def _measure(
+    cases: list[Case], workers: dict[str, Worker], rounds: int
+) -> Iterator[dict[str, Any]]:
     with _progress() as progress:
         task = progress.add_task("", total=len(cases))
         for case in cases:
             progress.update(task, description=case.name)
-            records.append(compare(case, workers, rounds))
+            yield compare(case, workers, rounds)
             progress.advance(task)
-    return records
 
 
 def _apart(workers: dict[str, Worker], threads: int, rounds: int) -> dict[str, Any]:

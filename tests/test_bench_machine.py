@@ -1,6 +1,8 @@
 """The benchmark's own loops, what it measures apart, and that it runs as a script."""
 
+import contextlib
 import dataclasses
+import json
 import math
 import subprocess
 import sys
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 import fusedattn
-from bench import apart, goals, markdown, measure, roofline, workers
+from bench import apart, goals, markdown, measure, roofline, run, workers
 from bench.cases import DTYPES, all_cases, select
 from fusedattn.cpu.tile import host_isa
 
@@ -121,6 +123,24 @@ def test_starting_up_is_measured_in_fresh_processes(monkeypatch):
         "cached": 5,
     }
     assert min(times["cold"]) > max(times["cached"]) > min(times["import"]) > 0
+
+
+def test_a_run_that_is_ended_leaves_what_it_has_measured(tmp_path, monkeypatch):
+    done = []
+
+    def compare(case, *_):
+        if done:
+            raise KeyboardInterrupt
+        done.append(case.name)
+        return {"name": case.name}
+
+    monkeypatch.setattr(run, "compare", compare)
+    monkeypatch.setattr(run, "working", lambda *_: contextlib.nullcontext({}))
+    path = tmp_path / "results.json"
+    with pytest.raises(KeyboardInterrupt):
+        run.main(case=["tiny"], peer=["fused"], json_file=path)
+    assert [case["name"] for case in json.loads(path.read_text())["cases"]] == done
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_as_a_script_it_names_its_cases():
