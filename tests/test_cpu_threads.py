@@ -32,6 +32,15 @@ def test_the_examples_below_take_the_paths_they_are_meant_to():
     assert backend.ALONE_FLOPS < flops[0] < backend.LONG_FLOPS < flops[1]
 
 
+def test_a_decode_is_shared_out_for_what_it_reads(monkeypatch):
+    """16 MiB of keys and values for 8 MFLOP: more than a prefill has to do to be worth it."""
+    ran, run = [], threads.run
+    monkeypatch.setattr(threads, "run", lambda *a, **k: ran.append(a) or run(*a, **k))
+    q, k = normal(0, 1, 8, 1, 128), normal(1, 1, 8, 2048, 128)
+    attention(q, k, k)
+    assert ran
+
+
 def test_six_threads_calling_at_once_get_their_own_answers():
     rng = np.random.default_rng(0)
     calls = []

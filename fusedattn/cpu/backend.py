@@ -28,7 +28,9 @@ from fusedattn.problem import AttentionProblem, Gradients, Lengths, Result
 from fusedattn.undisturbed import undisturbed
 
 # Below this much work waking a thread costs more than it saves.
-ALONE_FLOPS = 15_000_000
+ALONE_FLOPS = 5_000_000
+# The matrix unit does more in that time.
+ALONE_MATRIX_FLOPS = 15_000_000
 # Above this much work (some milliseconds) the caller only waits, so that Ctrl-C is heard: were
 # every row to take the exact path, 200 times as slow, its own share could last half a second.
 LONG_FLOPS = 300_000_000
@@ -50,6 +52,7 @@ class Prepared:
         addresses = natives | self._user.passes
         self._template = Template(problem, tile, addresses, threads.get_num_threads())
         self._flops = problem.flops
+        self._alone_flops = ALONE_MATRIX_FLOPS if tile.matrix else ALONE_FLOPS
         pairs = problem.batch_size * problem.num_heads * problem.seqlen_q * problem.seqlen_k
         self._most_flops = 2 * (problem.head_dim + problem.head_dim_v) * pairs
 
@@ -72,7 +75,7 @@ class Prepared:
         flops = self._flops if lengths is None else self._most_flops
         # Then the keys of one may go to several threads.
         few_items = count > 1 and template.items < ITEMS_PER_THREAD * count
-        split = few_items and template.chunks > 1 and flops >= ALONE_FLOPS
+        split = few_items and template.chunks > 1 and flops >= self._alone_flops
         bound = template.bind(operands, slopes, sinks, lengths, aux, split)
         rescue, scalars = known_rescue(), self._user.scalars
         if rescue is not None and scalars is not None:
@@ -88,7 +91,7 @@ class Prepared:
     def _execute(self, bound: Bound, flops: int) -> bool:
         """Run all items; return whether the rescue is missing."""
         worker, scratch_bytes = get_worker(), self._template.scratch_bytes
-        if flops < ALONE_FLOPS:
+        if flops < self._alone_flops:
             return bool(worker(bound.address, working_memory(scratch_bytes)) == NEEDS_RESCUE)
         missing: list[bool] = []
 

@@ -1,4 +1,4 @@
-"""Products of a panel by the matrix unit (Intel AMX), for elements of 16 bits.
+"""Products of a panel by the matrix unit (Intel AMX), for all types but float64.
 
 One instruction adds to a tile of 16 x 16 float32 the product of 16 x 32 and 32 x 16 bfloat16. The
 products are exact. Each element takes two chains of 16 FMAs, for the even and the odd terms, which
