@@ -19,8 +19,12 @@ def kernels():
     for dims, tile in tensor_cores._TILES.items():
         config = hopper.Config("bfloat16", "bfloat16", *dims, *tile)
         made[f"hopper-{dims[0]}-{dims[1]}"] = tensor_cores.kernel_of(config)
+    for dims, tile in tensor_cores._FEW_TILES.items():
+        config = hopper.Config("bfloat16", "float32", *dims, *tile, packed=True, split_keys=512)
+        made[f"hopper-few-{dims[0]}-{dims[1]}"] = tensor_cores.kernel_of(config)
     config = hopper.Config("float16", "float32", 128, 128, *tensor_cores._TILES[128, 128])
     made["hopper-float16"] = tensor_cores.kernel_of(config)
+    made["hopper-packed"] = tensor_cores.kernel_of(config._replace(packed=True))
     tiles = {"many": portable._MANY, "narrow": portable._NARROW, "few": portable._FEW}
     for name, tile in tiles.items():
         for features, label in ((PLAIN, "plain"), (ALL, "all")):

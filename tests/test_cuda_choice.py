@@ -10,7 +10,7 @@ import fusedattn
 from fusedattn import arrays, dispatch, kernel_files, make_block_mask
 from fusedattn.cuda import compiler, driver
 from fusedattn.cuda.params import compact, span_of
-from fusedattn.cuda.unroll import unroll
+from fusedattn.cuda.unroll import inlined, unroll, unrolled
 
 Q = np.zeros((1, 2, 8, 8), np.float32)
 SEEN = arrays.View(Q, 0, None)
@@ -167,6 +167,39 @@ def test_loops_over_registers_are_written_out():
     out = {}
     made(out, 9)
     assert out == {0: 0, 2: 1, 4: 2}
+
+
+def test_pieces_are_written_out_and_assign_to_what_they_are_given():
+    @inlined
+    def add(total, x, twice):
+        """Add one number, or the same one twice."""
+        i = x
+        if twice:
+            i = 2 * x
+        total += i
+
+    def function(n):
+        i, total = 100, 0
+        for j in unrolled(3):
+            add(total, j + n, False)
+        add(total, i, True)
+        return i, total
+
+    made = unroll(function, int)
+    assert "add" not in made.__code__.co_names
+    assert made(10) == (100, 10 + 11 + 12 + 200)
+
+
+def test_a_piece_cannot_assign_to_what_is_no_variable():
+    @inlined
+    def clear(x):
+        x = 0  # noqa: F841
+
+    def function(n):
+        clear(n + 1)
+
+    with pytest.raises(AssertionError, match="x is assigned to, and no name"):
+        unroll(function, int)
 
 
 @pytest.mark.parametrize("step", [1, -1, 2])

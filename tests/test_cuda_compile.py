@@ -55,9 +55,17 @@ def test_the_hopper_kernel_keeps_everything_in_registers(compiler, dims):
 @pytest.mark.deep
 @each_compiler
 def test_other_hopper_kernels_keep_everything_in_registers(compiler):
-    names = ("hopper-192-128", "hopper-256-256", "hopper-float16")
+    names = ("hopper-192-128", "hopper-256-256", "hopper-float16", "hopper-packed")
     for report in compiled(compiler, "sm_90a", *names).values():
         assert report == {"stack": 0, "spills": 0, "registers": 168, "warnings": []}
+
+
+@pytest.mark.deep
+@each_compiler
+def test_kernels_for_few_queries_keep_everything_in_registers(compiler):
+    names = [f"hopper-few-{dims[0]}-{dims[1]}" for dims in tensor_cores._FEW_TILES]
+    for report in compiled(compiler, "sm_90a", *names).values():
+        assert report == {"stack": 0, "spills": 0, "registers": 240, "warnings": []}
 
 
 @each_compiler
@@ -80,9 +88,10 @@ def test_other_portable_kernels_keep_everything_in_registers(compiler):
         assert (report["stack"], report["spills"], report["warnings"]) == (0, 0, []), name
 
 
+@pytest.mark.parametrize("tiles", [tensor_cores._TILES, tensor_cores._FEW_TILES])
 @pytest.mark.parametrize("dims", tensor_cores._TILES)
-def test_a_tile_asks_for_as_many_matrix_instructions_as_its_products_need(dims):
-    warpgroups, keys, stages = tensor_cores._TILES[dims]
+def test_a_tile_asks_for_as_many_matrix_instructions_as_its_products_need(dims, tiles):
+    warpgroups, keys, stages = tiles[dims]
     config = hopper.Config("bfloat16", "bfloat16", *dims, warpgroups, keys, stages)
     scores = ptx.products(keys, "bfloat16", dims[0], 1024, 1024)
     outputs = ptx.accumulate(dims[1], "bfloat16", keys)

@@ -9,10 +9,16 @@ to the first: what a causal mask cuts through comes first.
 
 The first tile of keys stands before the loop: were the weights written under a branch, the
 assembler would serialise the products.
+
+Where there are few queries, a tile is packed: it holds the rows of several heads of one KV group,
+one head after the other. Where there are fewer still, the keys are split into runs of a fixed
+length, each a tile of its own whose result is partial (Flash-Decoding); `fusedattn.cuda.combine`
+merges them.
 """
 
 # "not a == b" is true of NaN with every compiler; "a != b" is not.
-# ruff: noqa: SIM201
+# A piece assigns to its parameters, which are variables of the caller.
+# ruff: noqa: SIM201, F841
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 
 from __future__ import annotations
@@ -22,7 +28,7 @@ from typing import Any, NamedTuple
 
 from fusedattn import masks
 from fusedattn.cuda import ptx
-from fusedattn.cuda.unroll import unrolled
+from fusedattn.cuda.unroll import inlined, unrolled
 
 # Bytes of a row of a panel, the widest swizzle of TMA; a panel is 64 columns of a half type.
 ROW_BYTES = 128
@@ -45,6 +51,8 @@ class Config(NamedTuple):
     warpgroups: int  # that compute, of 64 rows each
     block_k: int
     stages: int
+    packed: bool = False  # several heads of a KV group in one tile
+    split_keys: int = 0  # keys of a tile; 0: all
 
     @property
     def block_q(self) -> int:
@@ -78,13 +86,13 @@ class Config(NamedTuple):
 
 
 # 64-bit parameters: maps of q, k and v; out, lse (0 for none), the items; strides of out in bytes.
-PARAMETERS = ("int64",) * 8 + ("int32",) * 6 + ("float32",)
-FORMATS = "q" * 8 + "i" * 6 + "f"
+PARAMETERS = ("int64",) * 8 + ("int32",) * 8 + ("float32",)
+FORMATS = "q" * 8 + "i" * 8 + "f"
 # What an item of the batch has in the table: four int32 and the offset of its out, as an int64.
 ITEM_BYTES = 24
 
 # Registers of a thread that loads, and of one that computes, by the number of those warpgroups.
-_REGISTERS = {2: (24, 240), 3: (32, 160)}
+_REGISTERS = {1: (56, 240), 2: (24, 240), 3: (32, 160)}
 
 
 def make(tools: Any, config: Config) -> Any:
@@ -116,6 +124,7 @@ def make(tools: Any, config: Config) -> Any:
     OUT_BYTES = 4 if WIDE else 2
     few, many = _REGISTERS[WARPGROUPS]
     CONSUMERS = WARPGROUPS * WARPGROUP
+    PACKED, SPLIT, SPLIT_KEYS = config.packed, config.split_keys > 0, config.split_keys
 
     shared_base, load_int, load_long = asm(ptx.SHARED_BASE), asm(ptx.LOAD_INT), asm(ptx.LOAD_LONG)
     store_word, store_float = asm(ptx.STORE_WORD), asm(ptx.STORE_FLOAT)
@@ -138,17 +147,126 @@ def make(tools: Any, config: Config) -> Any:
     first_scores_ready = asm(ptx.wait_for(SCORES, 0))
     outputs_ready = asm(ptx.wait_for(OUTPUTS, 0))
 
+    @inlined
+    def locate(
+        tile, splits, section_tiles, abreast, units, row_blocks, unit_heads, num_heads,
+        batch, head, row_lo, split,
+    ):  # fmt: skip
+        # Units are heads, or heads in one tile: as many abreast as the L2 holds, their longest
+        # tiles first.
+        split, index = int32(0), tile
+        if SPLIT:
+            index = int32(tile // splits)
+            split = int32(tile - index * splits)
+        section = int32(index // section_tiles)
+        index = int32(index - section * section_tiles)
+        here = int32(min(abreast, units - section * abreast))
+        row_lo = int32((row_blocks - int32(1) - index // here) * int32(BLOCK_Q))
+        first_head = int32((section * abreast + index % here) * unit_heads)
+        batch, head = int32(first_head // num_heads), int32(first_head % num_heads)
+
+    @inlined
+    def keys_of(row_lo, row_hi, split, k_from, k_to, used_q, used_k, lo, hi):
+        # The keys that any row of the tile sees.
+        lo_wide, hi_wide = block_interval(row_lo, row_hi, k_from, k_to, used_q, used_k)
+        lo, hi = int32(lo_wide), int32(hi_wide)
+        if SPLIT:
+            lo = int32(max(lo, int32(split * int32(SPLIT_KEYS))))
+            hi = int32(min(hi, int32(split * int32(SPLIT_KEYS) + int32(SPLIT_KEYS))))
+
+    @inlined
+    def advance(stage, phase):
+        stage = int32(stage + 1)
+        if stage == STAGES:
+            stage, phase = int32(0), int32(phase ^ int32(1))
+
+    @inlined
+    def hide(scores, key, column, low, high):
+        for i in unrolled(SCORES):
+            at = int32(key + column + (i // 4 * 8 + i % 2))
+            if at < low[i % 4 // 2] or at >= high[i % 4 // 2]:
+                scores[i] = float32(NO_KEY)
+
+    @inlined
+    def weigh(scores, row_max, row_sum, shift, rescale, scale_log2):
+        # From scores to weights: the largest of each row, and what the rows before it shrink by.
+        old = cuda.local.array(2, float32)
+        start = cuda.local.array(2, float32)
+        for i in unrolled(SCORES // 4):
+            for h in unrolled(2):
+                larger = maximum(scores[4 * i + 2 * h], scores[4 * i + 2 * h + 1])
+                row_max[h] = maximum(row_max[h], larger)
+        for h in unrolled(2):
+            row_max[h] = maximum(row_max[h], swap_1(row_max[h]))
+        for h in unrolled(2):
+            row_max[h] = maximum(row_max[h], swap_2(row_max[h]))
+        for h in unrolled(2):
+            old[h] = shift[h]
+            shift[h] = -row_max[h] * scale_log2
+            # A row that has seen no key has nothing to shift by; -inf - -inf is NaN.
+            if row_max[h] == float32(NO_KEY):
+                shift[h] = float32(0)
+            start[h] = shift[h]
+        if max(abs(shift[0]), abs(shift[1])) > float32(LARGE):
+            # Far from 0, a product rounded here and not there may differ by more than the largest
+            # exponent.
+            for h in unrolled(2):
+                start[h] = float32(0)
+                base = row_max[h]
+                if base == float32(NO_KEY):
+                    base = float32(0)
+                for i in unrolled(SCORES // 4):
+                    scores[4 * i + 2 * h] -= base
+                    scores[4 * i + 2 * h + 1] -= base
+        for h in unrolled(2):
+            # Of a row without a key so far, sums and outputs are 0: any factor will do.
+            rescale[h] = exp2(min(shift[h] - old[h], float32(0)))
+            row_sum[h] *= rescale[h]
+        for i in unrolled(SCORES // 4):
+            for h in unrolled(2):
+                for j in unrolled(4 * i + 2 * h, 4 * i + 2 * h + 2):
+                    scores[j] = exp2(fma(scores[j], scale_log2, start[h]))
+                row_sum[h] += scores[4 * i + 2 * h] + scores[4 * i + 2 * h + 1]
+
+    @inlined
+    def clear_unseen(values, key, key_lo, key_hi, mine):
+        # Values that no row of the tile sees may hold NaN; 0 * NaN is no 0.
+        if key < key_lo or int32(key + KEYS) > key_hi:
+            at = mine
+            while at < int32(KEYS * PANELS_V * 8):
+                r = int32((at >> int32(3)) % int32(KEYS) + key)
+                if r < key_lo or r >= key_hi:
+                    store_zeros(int32(values + at * int32(16)))
+                at = int32(at + CONSUMERS)
+            proxy_fence()
+            consumers_meet()
+
+    @inlined
+    def write_row(h, outputs, factor, to, head_dim_v):
+        for i in unrolled(OUTPUTS // 4):
+            if int32(i * 8) < head_dim_v:
+                x, y = outputs[4 * i + 2 * h] * factor, outputs[4 * i + 2 * h + 1] * factor
+                if WIDE:
+                    store_floats(to + int64(i * 8 * OUT_BYTES), x, y)
+                else:
+                    store_word(to + int64(i * 8 * OUT_BYTES), pack_out(x, y))
+
     def kernel(
         q_map, k_map, v_map, out, lse, items, out_head, out_row,
-        batch_size, num_heads, group_size, seqlen_q, head_dim_v, abreast, scale_log2,
+        batch_size, num_heads, group_size, seqlen_q, head_dim_v, abreast, unit_heads, splits,
+        scale_log2,
     ):  # fmt: skip
         thread = int32(cuda.threadIdx.x)
         shared = int32((shared_base() + int32(1023)) & int32(-1024))
         # Products of int32 are int64 to Numba: what is cast back stays in one register.
-        heads = int32(batch_size * num_heads)
+        units = int32(batch_size * num_heads)
         row_blocks = int32((seqlen_q + int32(BLOCK_Q - 1)) // int32(BLOCK_Q))
+        if PACKED:
+            units, row_blocks = int32(units // unit_heads), int32(1)
         section_tiles = int32(row_blocks * abreast)
-        all_tiles = int32(heads * row_blocks)
+        all_tiles = int32(units * row_blocks)
+        if SPLIT:
+            all_tiles = int32(all_tiles * splits)
         # Tiles go from long to short: back and forth over the blocks, each has its share of work.
         blocks = int32(cuda.gridDim.x)
 
@@ -166,32 +284,35 @@ def make(tools: Any, config: Config) -> Any:
             barrier_fence()
         cuda.syncthreads()
 
+        batch, head, row_lo, split = int32(0), int32(0), int32(0), int32(0)
+        key_lo, key_hi = int32(0), int32(0)
+        turn, round_lo = int32(cuda.blockIdx.x), int32(0)
+        tile = turn
         if thread < 128:
             fewer_registers()
             if thread == 0:
                 # The first round of waits passes: nobody has used anything yet.
                 stage, phase, q_phase = int32(0), int32(1), int32(1)
-                turn, round_lo = int32(cuda.blockIdx.x), int32(0)
-                tile = turn
+                q_bytes = int32(Q_BYTES)
+                if PACKED:
+                    q_bytes = int32(int32(PANELS_Q * ROW_BYTES) * unit_heads * seqlen_q)
                 while tile < all_tiles:
-                    section = int32(tile // section_tiles)
-                    index = int32(tile - section * section_tiles)
-                    here = int32(min(abreast, heads - section * abreast))
-                    row_lo = int32((row_blocks - int32(1) - index // here) * int32(BLOCK_Q))
-                    head_index = int32(section * abreast + index % here)
-                    batch, head = int32(head_index // num_heads), int32(head_index % num_heads)
+                    locate(
+                        tile, splits, section_tiles, abreast, units, row_blocks, unit_heads,
+                        num_heads, batch, head, row_lo, split,
+                    )  # fmt: skip
                     head_kv = int32(head // group_size)
                     item = items + int64(batch) * int64(ITEM_BYTES)
                     k_from, k_to = load_int(item), load_int(item + int64(4))
                     used_q, used_k = load_int(item + int64(8)), load_int(item + int64(12))
                     row_hi = min(int32(row_lo + BLOCK_Q), seqlen_q)
-                    lo, hi = block_interval(row_lo, row_hi, k_from, k_to, used_q, used_k)
-                    if lo < hi:
-                        first_key = int32(int32(lo) // int32(KEYS) * int32(KEYS))
-                        key = int32((int32(hi) - int32(1)) // int32(KEYS) * int32(KEYS))
+                    keys_of(row_lo, row_hi, split, k_from, k_to, used_q, used_k, key_lo, key_hi)
+                    if key_lo < key_hi:
+                        first_key = int32(key_lo // int32(KEYS) * int32(KEYS))
+                        key = int32((key_hi - int32(1)) // int32(KEYS) * int32(KEYS))
                         wait(int32(shared + Q_EMPTY), q_phase)
                         q_phase = int32(q_phase ^ int32(1))
-                        expect(int32(shared + Q_FULL), int32(Q_BYTES))
+                        expect(int32(shared + Q_FULL), q_bytes)
                         for panel in unrolled(PANELS_Q):
                             load_tile(
                                 int32(shared + panel * Q_PANEL), q_map, int32(shared + Q_FULL),
@@ -214,9 +335,7 @@ def make(tools: Any, config: Config) -> Any:
                                     int32(shared + (V_AT + panel * KV_PANEL) + stage * V_BYTES),
                                     v_map, full, int32(panel * PANEL), key, head_kv, batch,
                                 )  # fmt: skip
-                            stage = int32(stage + 1)
-                            if stage == STAGES:
-                                stage, phase = int32(0), int32(phase ^ int32(1))
+                            advance(stage, phase)
                             key = int32(key - KEYS)
                     turn = int32(blocks - int32(1) - turn)
                     round_lo = int32(round_lo + blocks)
@@ -226,6 +345,15 @@ def make(tools: Any, config: Config) -> Any:
             scores = cuda.local.array(SCORES, float32)
             outputs = cuda.local.array(OUTPUTS, float32)
             weights = cuda.local.array(WEIGHTS, int32)
+            # Of my two rows: their state, and the keys they see.
+            row_max = cuda.local.array(2, float32)
+            row_sum = cuda.local.array(2, float32)
+            shift = cuda.local.array(2, float32)
+            rescale = cuda.local.array(2, float32)
+            head_off = cuda.local.array(2, int32)
+            query = cuda.local.array(2, int32)
+            low = cuda.local.array(2, int32)
+            high = cuda.local.array(2, int32)
             mine = int32(thread - int32(128))
             warp = first_lane(int32(mine >> int32(5)))
             warpgroup = int32(warp >> int32(2))
@@ -238,31 +366,29 @@ def make(tools: Any, config: Config) -> Any:
             k_places = int32(((shared + int32(K_AT)) >> int32(4)) | K_MAJOR)
             v_places = int32(((shared + int32(V_AT)) >> int32(4)) | MN_MAJOR)
             stage, phase, q_phase = int32(0), int32(0), int32(0)
-            turn, round_lo = int32(cuda.blockIdx.x), int32(0)
-            tile = turn
             while tile < all_tiles:
-                # Which tile: as many heads abreast as the L2 holds, their longest tiles first.
-                section = int32(tile // section_tiles)
-                index = int32(tile - section * section_tiles)
-                here = int32(min(abreast, heads - section * abreast))
-                row_lo = int32((row_blocks - int32(1) - index // here) * int32(BLOCK_Q))
-                head_index = int32(section * abreast + index % here)
-                batch, head = int32(head_index // num_heads), int32(head_index % num_heads)
+                locate(
+                    tile, splits, section_tiles, abreast, units, row_blocks, unit_heads,
+                    num_heads, batch, head, row_lo, split,
+                )  # fmt: skip
                 item = items + int64(batch) * int64(ITEM_BYTES)
                 k_from, k_to = load_int(item), load_int(item + int64(4))
                 used_q, used_k = load_int(item + int64(8)), load_int(item + int64(12))
                 row_hi = min(int32(row_lo + BLOCK_Q), seqlen_q)
-                lo, hi = block_interval(row_lo, row_hi, k_from, k_to, used_q, used_k)
-                key_lo, key_hi = int32(lo), int32(hi)
+                keys_of(row_lo, row_hi, split, k_from, k_to, used_q, used_k, key_lo, key_hi)
                 lo, hi = common_interval(row_lo, row_hi, k_from, k_to, used_q, used_k)
                 all_lo, all_hi = int32(lo), int32(hi)
-                row = int32(row_lo + my_row)
-                lo, hi = row_interval(row, k_from, k_to, used_q, used_k)
-                low_0, high_0 = int32(lo), int32(hi)
-                lo, hi = row_interval(int32(row + 8), k_from, k_to, used_q, used_k)
-                low_1, high_1 = int32(lo), int32(hi)
-                max_0, max_1 = float32(NO_KEY), float32(NO_KEY)
-                sum_0, sum_1 = float32(0), float32(0)
+                for h in unrolled(2):
+                    head_off[h], query[h] = int32(0), int32(row_lo + my_row + 8 * h)
+                    if PACKED:
+                        head_off[h] = int32(query[h] // seqlen_q)
+                        query[h] = int32(query[h] - head_off[h] * seqlen_q)
+                        if head_off[h] >= unit_heads:
+                            query[h] = seqlen_q
+                    lo, hi = row_interval(query[h], k_from, k_to, used_q, used_k)
+                    low[h], high[h] = int32(lo), int32(hi)
+                    row_max[h], row_sum[h] = float32(NO_KEY), float32(0)
+                    shift[h] = float32(0)
                 for i in unrolled(OUTPUTS):
                     outputs[i] = float32(0)
 
@@ -277,198 +403,66 @@ def make(tools: Any, config: Config) -> Any:
                     if leader:
                         arrive(int32(shared + K_EMPTY + 8 * stage))
                     if key < all_lo or int32(key + KEYS) > all_hi:
-                        for i in unrolled(SCORES):
-                            at = int32(key + column + (i // 4 * 8 + i % 2))
-                            if i % 4 < 2:
-                                if at < low_0 or at >= high_0:
-                                    scores[i] = float32(NO_KEY)
-                            else:
-                                if at < low_1 or at >= high_1:
-                                    scores[i] = float32(NO_KEY)
-                    for i in unrolled(SCORES // 4):
-                        max_0 = maximum(max_0, maximum(scores[4 * i], scores[4 * i + 1]))
-                        max_1 = maximum(max_1, maximum(scores[4 * i + 2], scores[4 * i + 3]))
-                    max_0 = maximum(max_0, swap_1(max_0))
-                    max_1 = maximum(max_1, swap_1(max_1))
-                    max_0 = maximum(max_0, swap_2(max_0))
-                    max_1 = maximum(max_1, swap_2(max_1))
-                    shift_0, shift_1 = -max_0 * scale_log2, -max_1 * scale_log2
-                    # A row that has seen no key has nothing to shift by; -inf - -inf is NaN.
-                    if max_0 == float32(NO_KEY):
-                        shift_0 = float32(0)
-                    if max_1 == float32(NO_KEY):
-                        shift_1 = float32(0)
-                    from_0, from_1 = shift_0, shift_1
-                    if max(abs(shift_0), abs(shift_1)) > float32(LARGE):
-                        # Far from 0, a product rounded here and not there
-                        # may differ by more than the largest exponent.
-                        from_0, from_1 = float32(0), float32(0)
-                        base_0, base_1 = max_0, max_1
-                        if base_0 == float32(NO_KEY):
-                            base_0 = float32(0)
-                        if base_1 == float32(NO_KEY):
-                            base_1 = float32(0)
-                        for i in unrolled(SCORES // 4):
-                            scores[4 * i] -= base_0
-                            scores[4 * i + 1] -= base_0
-                            scores[4 * i + 2] -= base_1
-                            scores[4 * i + 3] -= base_1
-                    for i in unrolled(SCORES // 4):
-                        scores[4 * i] = exp2(fma(scores[4 * i], scale_log2, from_0))
-                        scores[4 * i + 1] = exp2(fma(scores[4 * i + 1], scale_log2, from_0))
-                        scores[4 * i + 2] = exp2(fma(scores[4 * i + 2], scale_log2, from_1))
-                        scores[4 * i + 3] = exp2(fma(scores[4 * i + 3], scale_log2, from_1))
-                        sum_0 += scores[4 * i] + scores[4 * i + 1]
-                        sum_1 += scores[4 * i + 2] + scores[4 * i + 3]
+                        hide(scores, key, column, low, high)
+                    weigh(scores, row_max, row_sum, shift, rescale, scale_log2)
                     for i in unrolled(WEIGHTS):
                         weights[i] = pack(scores[2 * i], scores[2 * i + 1])
 
                     while key > first_key:
                         before, phase_before = stage, phase
-                        stage = int32(stage + 1)
-                        if stage == STAGES:
-                            stage, phase = int32(0), int32(phase ^ int32(1))
+                        advance(stage, phase)
                         wait(int32(shared + K_FULL + 8 * stage), phase)
                         begin_scores(scores, q_place, int32(k_places + stage * K_STEP))
                         wait(int32(shared + V_FULL + 8 * before), phase_before)
-                        # Values that no row of the tile sees may hold NaN; 0 * NaN is no 0.
-                        if key < key_lo or int32(key + KEYS) > key_hi:
-                            at = mine
-                            while at < int32(KEYS * PANELS_V * 8):
-                                r = int32((at >> int32(3)) % int32(KEYS) + key)
-                                if r < key_lo or r >= key_hi:
-                                    store_zeros(
-                                        int32(shared + V_AT + before * V_BYTES + at * int32(16))
-                                    )
-                                at = int32(at + CONSUMERS)
-                            proxy_fence()
-                            consumers_meet()
+                        clear_unseen(
+                            int32(shared + V_AT + before * V_BYTES), key, key_lo, key_hi, mine
+                        )
                         begin_outputs(outputs, weights, int32(v_places + before * V_STEP))
                         scores_ready(scores)
                         if leader:
                             arrive(int32(shared + K_EMPTY + 8 * stage))
                         key = int32(key - KEYS)
                         if key < all_lo or int32(key + KEYS) > all_hi:
-                            for i in unrolled(SCORES):
-                                at = int32(key + column + (i // 4 * 8 + i % 2))
-                                if i % 4 < 2:
-                                    if at < low_0 or at >= high_0:
-                                        scores[i] = float32(NO_KEY)
-                                else:
-                                    if at < low_1 or at >= high_1:
-                                        scores[i] = float32(NO_KEY)
-                        old_0, old_1 = shift_0, shift_1
-                        for i in unrolled(SCORES // 4):
-                            max_0 = maximum(max_0, maximum(scores[4 * i], scores[4 * i + 1]))
-                            max_1 = maximum(max_1, maximum(scores[4 * i + 2], scores[4 * i + 3]))
-                        max_0 = maximum(max_0, swap_1(max_0))
-                        max_1 = maximum(max_1, swap_1(max_1))
-                        max_0 = maximum(max_0, swap_2(max_0))
-                        max_1 = maximum(max_1, swap_2(max_1))
-                        shift_0, shift_1 = -max_0 * scale_log2, -max_1 * scale_log2
-                        if max_0 == float32(NO_KEY):
-                            shift_0 = float32(0)
-                        if max_1 == float32(NO_KEY):
-                            shift_1 = float32(0)
-                        from_0, from_1 = shift_0, shift_1
-                        if max(abs(shift_0), abs(shift_1)) > float32(LARGE):
-                            # Far from 0, a product rounded here and not there
-                            # may differ by more than the largest exponent.
-                            from_0, from_1 = float32(0), float32(0)
-                            base_0, base_1 = max_0, max_1
-                            if base_0 == float32(NO_KEY):
-                                base_0 = float32(0)
-                            if base_1 == float32(NO_KEY):
-                                base_1 = float32(0)
-                            for i in unrolled(SCORES // 4):
-                                scores[4 * i] -= base_0
-                                scores[4 * i + 1] -= base_0
-                                scores[4 * i + 2] -= base_1
-                                scores[4 * i + 3] -= base_1
-                        # Of a row without a key so far, sums and outputs are 0: any factor will do.
-                        rescale_0 = exp2(min(shift_0 - old_0, float32(0)))
-                        rescale_1 = exp2(min(shift_1 - old_1, float32(0)))
-                        sum_0 *= rescale_0
-                        sum_1 *= rescale_1
-                        for i in unrolled(SCORES // 4):
-                            scores[4 * i] = exp2(fma(scores[4 * i], scale_log2, from_0))
-                            scores[4 * i + 1] = exp2(fma(scores[4 * i + 1], scale_log2, from_0))
-                            scores[4 * i + 2] = exp2(fma(scores[4 * i + 2], scale_log2, from_1))
-                            scores[4 * i + 3] = exp2(fma(scores[4 * i + 3], scale_log2, from_1))
-                            sum_0 += scores[4 * i] + scores[4 * i + 1]
-                            sum_1 += scores[4 * i + 2] + scores[4 * i + 3]
+                            hide(scores, key, column, low, high)
+                        weigh(scores, row_max, row_sum, shift, rescale, scale_log2)
                         outputs_ready(outputs)
                         if leader:
                             arrive(int32(shared + V_EMPTY + 8 * before))
-                        for i in unrolled(OUTPUTS // 4):
-                            outputs[4 * i] *= rescale_0
-                            outputs[4 * i + 1] *= rescale_0
-                            outputs[4 * i + 2] *= rescale_1
-                            outputs[4 * i + 3] *= rescale_1
+                        for i in unrolled(OUTPUTS):
+                            outputs[i] *= rescale[i % 4 // 2]
                         for i in unrolled(WEIGHTS):
                             weights[i] = pack(scores[2 * i], scores[2 * i + 1])
 
                     if leader:
                         arrive(int32(shared + Q_EMPTY))
-                    before = stage
-                    wait(int32(shared + V_FULL + 8 * before), phase)
-                    # Values that no row of the tile sees may hold NaN; 0 * NaN is no 0.
-                    if key < key_lo or int32(key + KEYS) > key_hi:
-                        at = mine
-                        while at < int32(KEYS * PANELS_V * 8):
-                            r = int32((at >> int32(3)) % int32(KEYS) + key)
-                            if r < key_lo or r >= key_hi:
-                                store_zeros(
-                                    int32(shared + V_AT + before * V_BYTES + at * int32(16))
-                                )
-                            at = int32(at + CONSUMERS)
-                        proxy_fence()
-                        consumers_meet()
-                    begin_outputs(outputs, weights, int32(v_places + before * V_STEP))
+                    wait(int32(shared + V_FULL + 8 * stage), phase)
+                    clear_unseen(int32(shared + V_AT + stage * V_BYTES), key, key_lo, key_hi, mine)
+                    begin_outputs(outputs, weights, int32(v_places + stage * V_STEP))
                     outputs_ready(outputs)
                     if leader:
-                        arrive(int32(shared + V_EMPTY + 8 * before))
-                    stage = int32(stage + 1)
-                    if stage == STAGES:
-                        stage, phase = int32(0), int32(phase ^ int32(1))
-                    sum_0 += swap_1(sum_0)
-                    sum_1 += swap_1(sum_1)
-                    sum_0 += swap_2(sum_0)
-                    sum_1 += swap_2(sum_1)
+                        arrive(int32(shared + V_EMPTY + 8 * stage))
+                    advance(stage, phase)
+                    for h in unrolled(2):
+                        row_sum[h] += swap_1(row_sum[h])
+                        row_sum[h] += swap_2(row_sum[h])
 
-                factor_0, factor_1 = float32(1), float32(1)
-                lse_0, lse_1 = float32(NO_KEY), float32(NO_KEY)
-                if not sum_0 == float32(0):
-                    factor_0 = float32(1) / sum_0
-                    lse_0 = fma(max_0, scale_log2, log2(sum_0)) * float32(LN_2)
-                if not sum_1 == float32(0):
-                    factor_1 = float32(1) / sum_1
-                    lse_1 = fma(max_1, scale_log2, log2(sum_1)) * float32(LN_2)
-                if lse != 0 and column == 0:
-                    place_lse = lse + (int64(head_index) * int64(seqlen_q) + int64(row)) * int64(4)
-                    if row < seqlen_q:
-                        store_float(place_lse, lse_0)
-                    if int32(row + 8) < seqlen_q:
-                        store_float(place_lse + int64(32), lse_1)
-                to = out + load_long(item + int64(16)) + int64(head) * out_head
-                to += int64(row) * out_row + int64(column) * int64(OUT_BYTES)
-                if row < seqlen_q:
-                    for i in unrolled(OUTPUTS // 4):
-                        if int32(i * 8) < head_dim_v:
-                            x, y = outputs[4 * i] * factor_0, outputs[4 * i + 1] * factor_0
-                            if WIDE:
-                                store_floats(to + int64(i * 8 * OUT_BYTES), x, y)
-                            else:
-                                store_word(to + int64(i * 8 * OUT_BYTES), pack_out(x, y))
-                to += int64(8) * out_row
-                if int32(row + 8) < seqlen_q:
-                    for i in unrolled(OUTPUTS // 4):
-                        if int32(i * 8) < head_dim_v:
-                            x, y = outputs[4 * i + 2] * factor_1, outputs[4 * i + 3] * factor_1
-                            if WIDE:
-                                store_floats(to + int64(i * 8 * OUT_BYTES), x, y)
-                            else:
-                                store_word(to + int64(i * 8 * OUT_BYTES), pack_out(x, y))
+                # Partial results lie one split after the other.
+                rows_before = int64(split) * int64(batch_size) * int64(num_heads) * int64(seqlen_q)
+                for h in unrolled(2):
+                    factor, row_lse = float32(1), float32(NO_KEY)
+                    if not row_sum[h] == float32(0):
+                        factor = float32(1) / row_sum[h]
+                        row_lse = fma(row_max[h], scale_log2, log2(row_sum[h])) * float32(LN_2)
+                    if query[h] < seqlen_q:
+                        my_head = int64(head + head_off[h])
+                        if lse != 0 and column == 0:
+                            place = (int64(batch) * int64(num_heads) + my_head) * int64(seqlen_q)
+                            place += rows_before + int64(query[h])
+                            store_float(lse + place * int64(4), row_lse)
+                        to = out + load_long(item + int64(16)) + my_head * out_head
+                        to += (rows_before + int64(query[h])) * out_row
+                        to += int64(column) * int64(OUT_BYTES)
+                        write_row(h, outputs, factor, to, head_dim_v)
                 turn = int32(blocks - int32(1) - turn)
                 round_lo = int32(round_lo + blocks)
                 tile = int32(round_lo + turn)

@@ -19,6 +19,9 @@ Array = NDArray[Any]
 
 # Up to so many rows per head, the heads of a KV group are stacked into one tile of rows.
 SHARED_ROWS = 64
+# Up to so many queries the keys are split into runs of a fixed length, and partial results merged.
+SPLIT_QUERIES = 16
+SPLIT_KEYS = 512
 
 _OPERANDS = ("q", "k", "v", "out", "mask", "bias")
 _SLOTS = (

@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes
 import math
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fusedattn.cuda import compiler, driver, hopper
+from fusedattn.cuda.params import SPLIT_KEYS, SPLIT_QUERIES
 from fusedattn.masks import MAX_SEQLEN, relative_bounds
 from fusedattn.problem import AttentionProblem
 
@@ -22,6 +23,13 @@ _TILES = {
     (128, 128): (2, 128, 2),
     (192, 128): (2, 128, 2),
     (256, 256): (2, 80, 2),
+}
+# The same for few queries, where bytes under way count and nothing else.
+_FEW_TILES = {
+    (64, 64): (1, 128, 4),
+    (128, 128): (1, 128, 3),
+    (192, 128): (1, 128, 2),
+    (256, 256): (1, 64, 3),
 }
 # Keys and values of so many bytes are walked at a time: they should stay in the L2.
 _L2_BYTES = 24 * 2**20
@@ -43,7 +51,24 @@ def config_of(problem: AttentionProblem) -> hopper.Config:
     """Return what the kernel for a problem is compiled for."""
     dims = dims_of(problem)
     assert dims is not None, "looked at before"
-    return hopper.Config(problem.dtype.name, problem.out_dtype.name, *dims, *_TILES[dims])
+    storage, out_storage = problem.dtype.name, problem.out_dtype.name
+    if problem.seqlen_q > SPLIT_QUERIES:
+        config = hopper.Config(storage, out_storage, *dims, *_TILES[dims])
+        return config._replace(packed=unit_heads(problem, config.block_q) > 1)
+    if problem.seqlen_k > SPLIT_KEYS:
+        out_storage = "float32"
+    few = hopper.Config(storage, out_storage, *dims, *_FEW_TILES[dims])
+    return few._replace(packed=True, split_keys=SPLIT_KEYS)
+
+
+def unit_heads(problem: AttentionProblem, block_q: int) -> int:
+    """How many heads of a KV group fit into a tile of rows, all of their queries."""
+    fitting = [
+        n
+        for n in range(1, problem.group_size + 1)
+        if problem.group_size % n == 0 and n * problem.seqlen_q <= block_q
+    ]
+    return max(fitting, default=1)
 
 
 def kernel_of(config: hopper.Config) -> compiler.Kernel:
@@ -116,10 +141,32 @@ def layout_of(array: Array) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     return (dim, rows, heads, size), tuple(strides)
 
 
-def encode(array_address: int, layout: Any, dtype: str, rows: int) -> bytes:
-    """Return the map of an operand: boxes of `rows` rows and one panel of columns."""
+class Box(NamedTuple):
+    """What a tensor map says of an operand: where its elements lie, and what a tile loads."""
+
+    sizes: tuple[int, ...]  # dim, row, head, batch
+    strides: tuple[int, ...]  # bytes of all but the first
+    rows: int
+    heads: int
+
+
+def boxes_of(problem: AttentionProblem, config: hopper.Config) -> tuple[Box, Box, Box]:
+    """Return how q, k and v are loaded."""
+    rows, heads = config.block_q, 1
+    if config.packed:
+        rows, heads = problem.seqlen_q, unit_heads(problem, config.block_q)
+    loaded = ((rows, heads), (config.block_k, 1), (config.block_k, 1))
+    boxes = []
+    for name, tile in zip(("q", "k", "v"), loaded, strict=True):
+        layout = layout_of(getattr(problem, name))
+        assert layout is not None, "looked at before"
+        boxes.append(Box(*layout, *tile))
+    return boxes[0], boxes[1], boxes[2]
+
+
+def encode(address: int, box: Box, dtype: str) -> bytes:
+    """Return the map of an operand at an address."""
     api = driver.api()
-    (sizes, strides) = layout
     kinds = api.CUtensorMapDataType
     integers = api.cuuint64_t, api.cuuint32_t
     result = driver.check(
@@ -128,10 +175,10 @@ def encode(array_address: int, layout: Any, dtype: str, rows: int) -> bytes:
             if dtype == "bfloat16"
             else kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
             4,
-            array_address,
-            [integers[0](n) for n in sizes],
-            [integers[0](n) for n in strides],
-            [integers[1](n) for n in (hopper.PANEL, rows, 1, 1)],
+            address,
+            [integers[0](n) for n in box.sizes],
+            [integers[0](n) for n in box.strides],
+            [integers[1](n) for n in (hopper.PANEL, box.rows, box.heads, 1)],
             [integers[1](1)] * 4,
             api.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
             api.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
@@ -142,36 +189,61 @@ def encode(array_address: int, layout: Any, dtype: str, rows: int) -> bytes:
     return ctypes.string_at(result.getPtr(), 128)
 
 
+class Launch(NamedTuple):
+    """What a launch is given besides addresses."""
+
+    config: hopper.Config
+    grid: int
+    splits: int
+    out_head: int
+    out_row: int
+    numbers: tuple[int | float, ...]
+
+
+def launch_of(problem: AttentionProblem, multiprocessors: int) -> Launch:
+    """Return how a problem is shared out."""
+    config = config_of(problem)
+    together = unit_heads(problem, config.block_q) if config.packed else 1
+    units = problem.batch_size * problem.num_heads // together
+    row_blocks = 1 if config.packed else -(-problem.seqlen_q // config.block_q)
+    splits = -(-problem.seqlen_k // SPLIT_KEYS) if config.split_keys else 1
+    abreast = units
+    if not config.packed:
+        head_bytes = problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * 2
+        abreast = problem.group_size * (_L2_BYTES // max(1, head_bytes))
+        abreast = max(1, min(units, abreast))
+    # Equal or short tiles: a block of threads on each multiprocessor takes one after the other.
+    # Long tiles of different lengths: the hardware hands them out as it goes.
+    equal = not problem.causal and problem.window_size == (None, None)
+    equal = equal or problem.seqlen_k < _LONG or config.split_keys > 0
+    tiles = units * row_blocks * splits
+    if splits > 1:  # partial results, one split after the other
+        row = problem.head_dim_v * 4
+        head = row * problem.seqlen_q
+    else:
+        assert problem.out is not None
+        *_, head, row, _ = problem.out.strides
+    numbers = (
+        *(problem.batch_size, problem.num_heads, problem.group_size, problem.seqlen_q),
+        *(problem.head_dim_v, abreast, together, splits, problem.scale / math.log(2.0)),
+    )
+    grid = min(tiles, multiprocessors) if equal else tiles
+    return Launch(config, grid, splits, head, row, numbers)
+
+
 class Prepared:
     """A launch on one GPU, for any number of calls that differ in addresses only."""
 
     def __init__(self, problem: AttentionProblem, where: driver.Device) -> None:
-        config = config_of(problem)
-        self.where, self._config = where, config
-        kernel = kernel_of(config)
+        launch = launch_of(problem, where.multiprocessors)
+        self.where, self._launch = where, launch
+        kernel = kernel_of(launch.config)
         self._function = where.function(
-            kernel, lambda: compiler.compiled(kernel, where.chip), config.shared
+            kernel, lambda: compiler.compiled(kernel, where.chip), launch.config.shared
         )
-        self._layouts = [layout_of(array) for array in (problem.q, problem.k, problem.v)]
+        self._boxes = boxes_of(problem, launch.config)
         self._dtype = problem.dtype.name
-        self._items = driver.upload(where, item_table(problem))
-        assert problem.out is not None
-        *_, head, row, _ = problem.out.strides
-        heads = problem.batch_size * problem.num_heads
-        head_bytes = problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * 2
-        abreast = max(1, min(heads, problem.group_size * (_L2_BYTES // max(1, head_bytes))))
-        row_blocks = -(-problem.seqlen_q // config.block_q)
-        # Equal or short tiles: a block of threads on each multiprocessor takes one after the
-        # other. Long tiles of different lengths: the hardware hands them out as it goes.
-        equal = not problem.causal and problem.window_size == (None, None)
-        equal = equal or problem.seqlen_k < _LONG
-        blocks = where.multiprocessors if equal else heads * row_blocks
-        self._grid = (min(heads * row_blocks, blocks), 1, 1)
-        self._numbers = (
-            *(self._items.address, head, row, problem.batch_size, problem.num_heads),
-            *(problem.group_size, problem.seqlen_q, problem.head_dim_v, abreast),
-            problem.scale / math.log(2.0),
-        )
+        self._items = driver.upload(where, item_table(problem, launch))
         self._maps: dict[tuple[int, int, int], driver.Memory] = {}
         self._local = threading.local()
 
@@ -182,16 +254,16 @@ class Prepared:
         words = getattr(self._local, "words", None)
         if words is None:
             words = self._local.words = driver.Words(hopper.FORMATS)
-        base = maps.address
-        out, lse = addresses["out"], addresses.get("lse", 0)
-        words.fill(base, base + 128, base + 256, out, lse, *self._numbers)
-        self._function.launch(self._grid, (self._config.threads, 1), stream, words)
+        base, launch = maps.address, self._launch
+        words.fill(
+            *(base, base + 128, base + 256, addresses["out"], addresses.get("lse", 0)),
+            *(self._items.address, launch.out_head, launch.out_row, *launch.numbers),
+        )
+        self._function.launch((launch.grid, 1, 1), (launch.config.threads, 1), stream, words)
 
     def _make_maps(self, key: tuple[int, int, int]) -> driver.Memory:
-        rows = self._config.block_q, self._config.block_k, self._config.block_k
         code = b"".join(
-            encode(address, layout, self._dtype, n)
-            for address, layout, n in zip(key, self._layouts, rows, strict=True)
+            encode(address, box, self._dtype) for address, box in zip(key, self._boxes, strict=True)
         )
         maps = driver.upload(self.where, np.frombuffer(code, np.uint8))
         while len(self._maps) >= _MAPS:
@@ -200,9 +272,8 @@ class Prepared:
         return maps
 
 
-def item_table(problem: AttentionProblem) -> Array:
+def item_table(problem: AttentionProblem, launch: Launch) -> Array:
     """What the kernel looks up for each item of the batch; see `hopper.ITEM_BYTES`."""
-    assert problem.out is not None
     k_from, k_to = relative_bounds(problem.causal, problem.window_size, 0)
     # A bound past every position is none; the kernel reads int32.
     bounds = np.stack(
@@ -214,9 +285,15 @@ def item_table(problem: AttentionProblem) -> Array:
         ],
         axis=-1,
     ).astype(np.int32)
-    offsets = np.zeros(1, np.int64)
-    for n, step in zip(problem.batch_shape, problem.out.strides, strict=False):
-        offsets = (offsets[:, None] + np.arange(n, dtype=np.int64) * step).ravel()
+    if launch.splits > 1:
+        offsets = np.arange(problem.batch_size, dtype=np.int64) * (
+            problem.num_heads * launch.out_head
+        )
+    else:
+        assert problem.out is not None
+        offsets = np.zeros(1, np.int64)
+        for n, step in zip(problem.batch_shape, problem.out.strides, strict=False):
+            offsets = (offsets[:, None] + np.arange(n, dtype=np.int64) * step).ravel()
     table = np.zeros((problem.batch_size, hopper.ITEM_BYTES), np.uint8)
     table[:, :16] = bounds.view(np.uint8)
     table[:, 16:] = offsets[:, None].view(np.uint8)

@@ -1,9 +1,13 @@
-"""Unrolling of loops in kernels, before any compiler sees them.
+"""Unrolling of loops and inlining of pieces in kernels, before any compiler sees them.
 
 An array in local memory becomes registers only where each index is a constant. Compilers unroll
 loops by their own lights, and one that stays a loop sends the whole array to slow memory, so the
 loops over registers are written ``for i in unrolled(n)`` and unrolled here, on the syntax tree. In
 the simulator they stay what they look like.
+
+A long kernel is written in pieces, ``@inlined`` functions that are called as statements. Their
+arguments are handed over by name: a piece that assigns to a parameter assigns to the variable of
+the caller. Its other variables are its own. A piece cannot return anything.
 """
 
 from __future__ import annotations
@@ -19,24 +23,62 @@ from typing import Any
 unrolled = range
 
 
+def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a piece of a kernel, to be written out where it is called."""
+    function.__dict__["inlined"] = True
+    return function
+
+
 def unroll(function: Callable[..., Any], unsigned: Any) -> Callable[..., Any]:
     """Return the function with its ``unrolled`` loops written out and constants folded.
 
     Indices that remain are made `unsigned`, a type: a signed one may count from the end, which
     costs a comparison and a selection for each access.
     """
-    variables = inspect.getclosurevars(function)
-    space = {**function.__globals__, **variables.nonlocals, "unsigned": unsigned}
-    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    space = {**function.__globals__, **_names(function), "unsigned": unsigned}
+    tree = ast.Module([_definition(function)], [])
+    tree = ast.fix_missing_locations(_Unroller(space).visit(tree))
     definition = tree.body[0]
     assert isinstance(definition, ast.FunctionDef)
-    definition.decorator_list = []
-    tree = ast.fix_missing_locations(_Unroller(space).visit(tree))
     code = compile(tree, inspect.getsourcefile(function) or "<kernel>", "exec")
     exec(code, space)
     made = space[definition.name]
     assert isinstance(made, FunctionType)
     return made
+
+
+def _names(function: Callable[..., Any]) -> dict[str, Any]:
+    """What the names in a function stand for."""
+    variables = inspect.getclosurevars(function)
+    return {**variables.globals, **variables.nonlocals}
+
+
+def _definition(function: Callable[..., Any]) -> ast.FunctionDef:
+    """Parse a function anew; its decorators are left out."""
+    definition = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    assert isinstance(definition, ast.FunctionDef)
+    definition.decorator_list = []
+    return definition
+
+
+class _Renamer(ast.NodeTransformer):
+    """Puts the caller's arguments in the place of parameters, and new names in that of locals."""
+
+    def __init__(self, places: dict[str, ast.expr], suffix: str) -> None:
+        self._places = places
+        self._suffix = suffix
+        self.locals: set[str] = set()
+
+    def visit_Name(self, node: ast.Name) -> Any:
+        place = self._places.get(node.id)
+        if place is not None:
+            if isinstance(node.ctx, ast.Store):
+                assert isinstance(place, ast.Name), f"{node.id} is assigned to, and no name"
+                return ast.copy_location(ast.Name(place.id, ast.Store()), node)
+            return ast.copy_location(copy.deepcopy(place), node)
+        if node.id in self.locals:
+            node.id += self._suffix
+        return node
 
 
 class _Unroller(ast.NodeTransformer):
@@ -45,6 +87,40 @@ class _Unroller(ast.NodeTransformer):
     def __init__(self, space: dict[str, Any]) -> None:
         self._space = space
         self._known: dict[str, int] = {}
+        self._pieces = 0
+
+    def visit_Expr(self, node: ast.Expr) -> Any:
+        """Write a piece out."""
+        call = node.value
+        piece: Any = None
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name):
+            piece = self._space.get(call.func.id)
+        if not getattr(piece, "inlined", False):
+            return self.generic_visit(node)
+        assert isinstance(call, ast.Call)
+        assert not call.keywords
+        definition = _definition(piece)
+        for name, value in _names(piece).items():
+            assert self._space.setdefault(name, value) is value, f"{name} has two meanings"
+        parameters = [parameter.arg for parameter in definition.args.args]
+        arguments = [self.visit(argument) for argument in call.args]
+        self._pieces += 1
+        renamer = _Renamer(dict(zip(parameters, arguments, strict=True)), f"_{self._pieces}")
+        renamer.locals = {
+            name.id
+            for name in ast.walk(definition)
+            if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)
+        } - {*parameters}
+        return self._written_out(renamer.visit(ast.Module(definition.body, [])).body)
+
+    def _written_out(self, statements: list[ast.stmt]) -> list[ast.stmt]:
+        made: list[ast.stmt] = []
+        for statement in statements:
+            if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+                continue  # a docstring
+            part = self.visit(statement)
+            made += part if isinstance(part, list) else [part]
+        return made or [ast.Pass()]
 
     def visit_For(self, node: ast.For) -> Any:
         call = node.iter
@@ -60,22 +136,20 @@ class _Unroller(ast.NodeTransformer):
         body: list[Any] = []
         for value in range(*bounds):  # type: ignore[arg-type]
             self._known[node.target.id] = value
-            for statement in node.body:
-                made = self.visit(copy.deepcopy(statement))
-                body += made if isinstance(made, list) else [made]
+            body += self._written_out(copy.deepcopy(node.body))
         self._known.pop(node.target.id, None)
-        return body or ast.Pass()
+        return body or [ast.Pass()]
 
     def visit_If(self, node: ast.If) -> Any:
         """Choose a branch now where the condition is a constant of the kernel."""
-        if isinstance(node.test, ast.Name) and isinstance(self._space.get(node.test.id), bool):
-            body = node.body if self._space[node.test.id] else node.orelse
-            made: list[Any] = []
-            for statement in body:
-                part = self.visit(statement)
-                made += part if isinstance(part, list) else [part]
-            return made or ast.Pass()
-        return self.generic_visit(node)
+        test: Any = None
+        if isinstance(node.test, ast.Constant):
+            test = node.test.value
+        elif isinstance(node.test, ast.Name):
+            test = self._space.get(node.test.id)
+        if not isinstance(test, bool):
+            return self.generic_visit(node)
+        return self._written_out(node.body if test else node.orelse)
 
     def visit_Subscript(self, node: ast.Subscript) -> Any:
         """Make an index unsigned."""
