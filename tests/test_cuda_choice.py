@@ -149,7 +149,7 @@ def test_damaged_code_is_compiled_again(monkeypatch, tmp_path):
 
 
 def example(out, n):
-    for i in unrolled(3):  # noqa: F821
+    for i in unrolled(3):
         if even:  # noqa: F821
             out[2 * i] = i
         else:
