@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -12,6 +12,9 @@ from fusedattn.block_mask import BlockMask
 from fusedattn.dispatch import Explanation
 from fusedattn.plan import Call, Plan, find, run
 from fusedattn.problem import make_problem
+
+if TYPE_CHECKING:
+    from fusedattn.device_plan import DevicePlan
 
 Array = NDArray[Any]
 
@@ -214,11 +217,13 @@ def attention(
         from fusedattn import arrays
 
         if arrays.on_gpu(q):
-            return arrays.run(call)  # type: ignore[no-any-return]
+            from fusedattn import device_plan
+
+            return device_plan.run(call)  # type: ignore[no-any-return]
     return run(call)
 
 
-def plan(q: Array, k: Array, v: Array, **options: Any) -> Plan:
+def plan(q: Array, k: Array, v: Array, **options: Any) -> "Plan | DevicePlan":
     """Check and prepare a kind of call of `attention` once, for a loop of many such calls.
 
     `attention` itself remembers the latest kinds and runs by the same plans: a plan in hand saves
@@ -227,8 +232,8 @@ def plan(q: Array, k: Array, v: Array, **options: Any) -> Plan:
     Parameters
     ----------
     q, k, v : ndarray
-        Arrays in host memory, of the shapes, strides and dtypes to come, as in `attention`; nothing
-        is read.
+        Arrays of the shapes, strides and dtypes to come, as in `attention`, in host memory or on a
+        GPU; nothing is read.
     **options
         As in `attention`. Of ``q_offset``, ``seqused_q``, ``seqused_k``, ``mask``, ``bias``,
         ``alibi_slopes``, ``sinks`` and ``out`` those that each call will be given.
@@ -239,7 +244,7 @@ def plan(q: Array, k: Array, v: Array, **options: Any) -> Plan:
         ``plan(q, k, v, q_offset=..., seqused_q=..., seqused_k=..., mask=..., bias=...,
         alibi_slopes=..., sinks=..., out=...)`` returns what `attention` would, in one call of it
         the arguments that were given here and no others. It holds on to no array; any number of
-        threads may share it.
+        threads may share it. For arrays on a GPU a `DevicePlan`, which also takes ``stream=``.
 
     Raises
     ------
@@ -265,10 +270,9 @@ def plan(q: Array, k: Array, v: Array, **options: Any) -> Plan:
         from fusedattn import arrays
 
         if arrays.on_gpu(q):
-            raise TypeError(
-                "plan takes arrays in host memory, but q lies on a GPU: "
-                "attention remembers the launches of such calls by itself"
-            )
+            from fusedattn.device_plan import DevicePlan
+
+            return DevicePlan(Call(q, k, v, **options))
     return find(Call(q, k, v, **options))
 
 

@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import math
 import sys
-import threading
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from fusedattn import checks, dispatch
-from fusedattn.problem import AttentionProblem
+from fusedattn import checks
 
 Array = NDArray[Any]
+# Shape, strides, dtype, number of the GPU, and the address modulo `ALIGNED`.
+Kind = tuple[Any, Any, Any, int, int]
 
-_FIELDS = ("q", "k", "v", "mask", "bias", "alibi_slopes", "sinks", "out")
+# What the widest loads of kernels ask of an address.
+ALIGNED = 16
 # DLPack's numbers of memory on a GPU, and its dtypes by (code, bits).
 _ON_GPU = 2
 _DTYPES = {
@@ -34,8 +33,6 @@ _DTYPES = {
     (4, 16): np.dtype(ml_dtypes.bfloat16),
     (6, 8): np.dtype(np.bool_),
 }
-# Kinds of calls to remember, each with its prepared launch.
-CAPACITY = 256
 
 
 class View(NamedTuple):
@@ -63,6 +60,14 @@ def _shadow(address: int, shape: Any, strides: Any, dtype: np.dtype[Any]) -> Arr
     # NumPy wants an address even for nothing.
     array = np.asarray(_Where(address or 16, shape, strides, dtype))
     return array if array.dtype == dtype else array.view(dtype)
+
+
+def dense_strides(shape: Any, itemsize: int) -> list[int]:
+    """Return the strides of an array in C order."""
+    strides = [itemsize]
+    for length in reversed(shape[1:]):
+        strides.insert(0, strides[0] * length)
+    return strides[: len(shape)]
 
 
 def on_gpu(array: object) -> bool:
@@ -145,7 +150,7 @@ def _view_dlpack(array: Any, stream: int) -> View:
     if tensor.strides:
         strides = [step * dtype.itemsize for step in tensor.strides[: tensor.ndim]]
     else:
-        strides = list(np.empty((0, *shape[1:]), dtype).strides) if shape else []
+        strides = dense_strides(shape, dtype.itemsize)
     address = (tensor.data or 0) + tensor.byte_offset
     # The capsule is not consumed: it goes back to its maker, who keeps the memory meanwhile.
     return View(_shadow(address, shape, strides, dtype), tensor.device_id, (capsule, array))
@@ -155,7 +160,7 @@ def _view_interface(array: Any) -> View:
     said = array.__cuda_array_interface__
     dtype = np.dtype(said["typestr"])
     shape = said["shape"]
-    strides = said.get("strides") or np.empty((0, *shape[1:]), dtype).strides
+    strides = said.get("strides") or dense_strides(shape, dtype.itemsize)
     device = getattr(getattr(array, "device", None), "id", 0)
     return View(_shadow(said["data"][0], shape, strides, dtype), device, array)
 
@@ -168,12 +173,19 @@ def stream_of(array: Any, given: Any = None) -> int:
         return int(getattr(given, "value", given) or 0)
     library = _library(array)
     if library == "torch":
-        stream: int = sys.modules["torch"].cuda.current_stream(array.device).cuda_stream
-        return stream
+        return _torch_stream(array.device.index)
     if library == "cupy":
         return int(sys.modules["cupy"].cuda.get_current_stream().ptr)
     said = getattr(array, "__cuda_array_interface__", {})
     return int(said.get("stream") or 0)
+
+
+def _torch_stream(device: int) -> int:
+    torch = sys.modules["torch"]
+    # What compiled kernels of torch ask: the number alone, without an object around it.
+    ask = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    stream: int = ask(device) if ask else torch.cuda.current_stream(device).cuda_stream
+    return stream
 
 
 def empty_like(array: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
@@ -201,86 +213,24 @@ def empty_like(array: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
     )
 
 
-class _Known(NamedTuple):
-    """A kind of call that was checked and prepared."""
-
-    head_dim_v: int
-    out_dtype: np.dtype[Any]
-    lse_shape: tuple[int, ...] | None
-    lse_dtype: np.dtype[Any]
-    prepared: Any  # None where there is nothing to compute
+def address_of(array: Any, stream: int) -> int:
+    """Return the address of an array's first element."""
+    if _library(array) == "torch":
+        address: int = array.data_ptr()
+        return address
+    return _address(view("out", array, stream).shadow)
 
 
-_known: dict[Any, _Known] = {}
-_lock = threading.Lock()
-_KERNEL_NAMES = {"alibi_slopes": "slopes"}
-_POSITIONS = tuple((name, _KERNEL_NAMES.get(name, name)) for name in _FIELDS)
-
-
-def run(call: Any) -> Any:
-    """Compute a call of `attention` whose arrays lie on a GPU; see there."""
-    if call.backend not in (None, "cuda"):
-        dispatch.load(call.backend)
-        raise NotImplementedError(
-            f"backend {call.backend!r} takes arrays in host memory, but q lies on a GPU"
-        )
-    for name in ("score_mod", "block_mask"):
-        if getattr(call, name) is not None:  # before anybody reads what it carries along
-            raise NotImplementedError(
-                f"backend 'cuda' not able to run this: no {name} on a GPU yet"
-            )
-    number = stream_of(call.q, call.stream)
-    kinds: list[Any] = []
-    addresses: dict[str, int] = {}
-    views: dict[str, View] = {}
-    for name, kernel_name in _POSITIONS:
-        array = getattr(call, name)
-        if array is None:
-            kinds.append(None)
-        elif _library(array) == "torch":
-            address = addresses[kernel_name] = array.data_ptr()
-            kinds.append(
-                (array.shape, array.stride(), array.dtype, array.device.index, address % 16)
-            )
-        else:
-            seen = views[name] = view(name, array, number)
-            address = addresses[kernel_name] = _address(seen.shadow)
-            shadow = seen.shadow
-            kinds.append((shadow.shape, shadow.strides, shadow.dtype, seen.device, address % 16))
-    known = None
-    key = _key(call, kinds)
-    if key is not None:
-        known = _known.get(key)
-    if known is not None and call.out is not None:  # what it overlaps with may be new
-        shadows = {
-            name: view(name, array, number).shadow
-            for name in _FIELDS
-            if (array := getattr(call, name)) is not None
-        }
-        out = shadows.pop("out")
-        checks.output(out, out.shape, out.dtype, {**shadows})
-    if known is None:
-        known = _prepare(call, number, views)
-        if key is not None:
-            with _lock:
-                while len(_known) >= CAPACITY:
-                    del _known[next(iter(_known))]
-                _known[key] = known
-    return _launch(call, known, addresses, number)
-
-
-def _launch(call: Any, known: _Known, addresses: dict[str, int], stream: int) -> Any:
-    out, lse = call.out, None
-    if out is None:
-        out = empty_like(call.q, (*call.q.shape[:-1], known.head_dim_v), known.out_dtype)
-        addresses["out"] = _address_of(out, stream)
-    if known.lse_shape is not None:
-        lse = empty_like(call.q, known.lse_shape, known.lse_dtype)
-        addresses["lse"] = _address_of(lse, stream)
-    if known.prepared is not None:
-        with known.prepared.where.current():
-            known.prepared.run(addresses, stream)
-    return out if lse is None else (out, lse)
+def described(name: str, array: Any, stream: int) -> tuple[Kind, int]:
+    """Return all about an array but its contents and its memory, and where that begins."""
+    if _library(array) == "torch":
+        address = array.data_ptr()
+        where = array.device.index
+        return (array.shape, array.stride(), array.dtype, where, address % ALIGNED), address
+    seen = view(name, array, stream)
+    address = _address(seen.shadow)
+    shadow = seen.shadow
+    return (shadow.shape, shadow.strides, shadow.dtype, seen.device, address % ALIGNED), address
 
 
 def _address(shadow: Array) -> int:
@@ -288,61 +238,6 @@ def _address(shadow: Array) -> int:
     return address
 
 
-def _address_of(array: Any, stream: int) -> int:
-    if _library(array) == "torch":
-        address: int = array.data_ptr()
-        return address
-    return _address(view("out", array, stream).shadow)
-
-
-def _key(call: Any, kinds: list[Any]) -> Any:
-    """All that decides how a call is run; None where contents of other arrays decide too."""
-    if not (call.q_offset is call.seqused_q is call.seqused_k is None):
-        return None
-    options = (
-        *(call.scale, call.causal, call.window_size, call.softcap, call.dropout_p, call.seed),
-        *(call.layout, call.return_lse, call.out_dtype, call.score_mod_aux),
-    )
-    # Types stand beside values because 1 == True == 1.0, and not all of them are accepted.
-    key = (*kinds, *options, *map(type, options), *map(type, call.window_size or ()))
-    try:
-        hash(key)
-    except TypeError:  # an argument without a hash, such as a list: a check will name it
-        return None
-    return key
-
-
-def _prepare(call: Any, stream: int, views: dict[str, View]) -> _Known:
-    """Check a call and prepare its launch."""
-    for name in _FIELDS:
-        array = getattr(call, name)
-        if array is not None and name not in views:
-            views[name] = view(name, array, stream)
-    shadows = {name: seen.shadow for name, seen in views.items()}
-    call = call._replace(stream=None, **shadows)
-    devices = {name: seen.device for name, seen in views.items()}
-    if len(set(devices.values())) > 1:
-        raise ValueError(f"all arrays must lie on one GPU, but lie on {devices}")
-    problem = call.problem()
-    backend: Any = dispatch.choose(problem, "cuda")
-    reasons = backend.unsuitable(problem)
-    if reasons:
-        raise NotImplementedError(f"backend 'cuda' not able to run this: {'; '.join(reasons)}")
-    if problem.out is None:
-        problem = replace(problem, out=_dense_out(problem))
-    prepared = None
-    if math.prod(problem.out_shape):
-        prepared = backend.prepare_on(problem, devices["q"])
-    lse_shape = problem.lse_shape if problem.return_lse else None
-    return _Known(problem.head_dim_v, problem.out_dtype, lse_shape, problem.accumulator, prepared)
-
-
-def _dense_out(problem: AttentionProblem) -> Array:
-    """An output as the caller's library will lay it out; only shape and strides are read."""
-    flat = np.broadcast_to(np.zeros((), problem.out_dtype), problem.out_shape)
-    shape = problem.restore(flat).shape
-    strides = [problem.out_dtype.itemsize]
-    for length in reversed(shape[1:]):
-        strides.insert(0, strides[0] * length)
-    # Any address that is as well aligned as new memory.
-    return problem.restore(_shadow(4096, shape, strides, problem.out_dtype))
+def placed(address: int, shape: Any, strides: Any, dtype: np.dtype[Any]) -> Array:
+    """Return an ndarray that says where elements lie, on whatever device; not to be read."""
+    return _shadow(address, shape, strides, dtype)

@@ -1,5 +1,6 @@
 """Which CUDA compiler is chosen, what is said where there is none, and how code is kept."""
 
+import contextlib
 import importlib.util
 import types
 
@@ -7,13 +8,12 @@ import numpy as np
 import pytest
 
 import fusedattn
-from fusedattn import arrays, dispatch, kernel_files, make_block_mask
+from fusedattn import arrays, device_plan, dispatch, kernel_files, make_block_mask
 from fusedattn.cuda import compiler, driver
 from fusedattn.cuda.params import compact, span_of
 from fusedattn.cuda.unroll import inlined, unroll, unrolled
 
 Q = np.zeros((1, 2, 8, 8), np.float32)
-SEEN = arrays.View(Q, 0, None)
 
 
 class OnGpu:
@@ -248,7 +248,7 @@ def test_functions_of_the_users_are_named_as_reasons(functions, monkeypatch, nam
     with pytest.raises(NotImplementedError, match=f"cuda: no {name} on a GPU yet"):
         fusedattn.attention(Q, Q, Q, backend="cuda", **options)
     with pytest.raises(NotImplementedError, match=f"no {name} on a GPU yet"):
-        fusedattn.attention(OnGpu(), OnGpu(), OnGpu(), **options)
+        fusedattn.attention(Lent(Q), Lent(Q), Lent(Q), **options)
 
 
 def test_gradients_are_refused_with_a_reason(monkeypatch):
@@ -258,20 +258,70 @@ def test_gradients_are_refused_with_a_reason(monkeypatch):
         fusedattn.attention_backward(Q, Q, Q, Q, out, lse, backend="cuda")
 
 
-def test_plan_says_that_it_takes_no_arrays_on_a_gpu():
-    with pytest.raises(TypeError, match="plan takes arrays in host memory, but q lies on a GPU"):
-        fusedattn.plan(OnGpu(), OnGpu(), OnGpu())
+class Launches:
+    """A backend that notes what would be started."""
+
+    def __init__(self):
+        self.prepared, self.started = 0, []
+        self.where = types.SimpleNamespace(current=contextlib.nullcontext)
+
+    def unsuitable(self, problem):
+        return []
+
+    def prepare_on(self, problem, ordinal):
+        self.prepared += 1
+        return self
+
+    def run(self, addresses, stream):
+        self.started.append((addresses, stream))
 
 
-def test_a_stream_reaches_calls_on_a_gpu(monkeypatch):
-    seen, ordinals = [], []
-    backend = types.SimpleNamespace(
-        unsuitable=lambda problem: [], prepare_on=lambda problem, ordinal: ordinals.append(ordinal)
-    )
-    monkeypatch.setattr(arrays, "view", lambda name, array, stream: seen.append(stream) or SEEN)
-    monkeypatch.setattr(dispatch, "choose", lambda problem, name: backend)
-    monkeypatch.setattr(arrays, "_known", {})
-    monkeypatch.setattr(arrays, "_launch", lambda call, known, addresses, stream: stream)
-    for stream in (7, 8):  # the second call finds the launch of the first
-        assert fusedattn.attention(OnGpu(), OnGpu(), OnGpu(), stream=stream) == stream
-    assert (seen, ordinals) == ([7] * 3 + [8] * 3, [0])
+class Lent:
+    """Host memory that says it lies on a GPU."""
+
+    def __init__(self, array):
+        self.array = array
+        self.shape, self.dtype = array.shape, array.dtype
+        self.__cuda_array_interface__ = array.__array_interface__ | {"version": 3}
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    made = Launches()
+    monkeypatch.setattr(dispatch, "choose", lambda problem, name: made)
+    monkeypatch.setattr(arrays, "empty_like", lambda array, shape, dtype: Lent(np.empty(shape)))
+    monkeypatch.setattr(device_plan, "_plans", {})
+    return made
+
+
+def test_calls_of_one_kind_on_a_gpu_are_prepared_once(launches):
+    q, other = Lent(Q), Lent(Q.copy())
+    for stream, x in ((7, q), (8, other)):
+        fusedattn.attention(x, x, x, stream=stream)
+        addresses, on = launches.started[-1]
+        assert on == stream
+        assert addresses["q"] == x.array.__array_interface__["data"][0]
+    fusedattn.attention(q, q, q, causal=True)
+    assert launches.prepared == 2
+
+
+def test_a_plan_for_arrays_on_a_gpu_starts_what_was_prepared(launches):
+    q, out = Lent(Q), Lent(np.empty_like(Q))
+    step = fusedattn.plan(q, q, q, out=out)
+    assert step(q, q, q, out=out, stream=5) is out
+    (call,) = launches.started
+    assert call[1] == 5
+    assert launches.prepared == 1
+    with pytest.raises(ValueError, match="out is not given, but when planned was an array of dt"):
+        step(q, q, q)
+    shorter = Lent(Q[:, :, :4])
+    with pytest.raises(ValueError, match=r"k is an array of .* but when planned was"):
+        step(q, shorter, shorter, out=out)
+
+
+def test_an_output_on_a_gpu_must_not_overlap_an_input(launches):
+    memory = np.zeros((2, *Q.shape), Q.dtype)
+    q, k, out = Lent(memory[0]), Lent(Q.copy()), Lent(memory[1])
+    fusedattn.attention(q, k, k, out=out)  # the kind is known from here on
+    with pytest.raises(ValueError, match=r"out must not overlap an input, .* shares memory with q"):
+        fusedattn.attention(q, k, k, out=Lent(memory[0]))

@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import os
 import struct
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from numpy.typing import NDArray
@@ -39,6 +40,15 @@ def check(result: tuple[Any, ...]) -> Any:
         words = [part.decode() if part else "unknown" for part in (name, text)]
         raise RuntimeError(f"CUDA: {words[0]} ({words[1]})")
     return values[0] if values else None
+
+
+@functools.cache
+def _launcher() -> Callable[[int, int, int, None], int]:
+    """Return cuLaunchKernelEx: called for each launch, so without the objects of cuda-bindings."""
+    library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    launcher: Any = library.cuLaunchKernelEx
+    launcher.argtypes = [ctypes.c_void_p] * 4
+    return launcher  # type: ignore[no-any-return]
 
 
 @functools.cache
@@ -127,6 +137,7 @@ class Function:
         driver = api()
         self._module = check(driver.cuModuleLoadData(compiled.cubin))
         self.handle = check(driver.cuModuleGetFunction(self._module, compiled.entry.encode()))
+        self._address = int(self.handle)
         self.shared = shared
         if shared > STATIC_SHARED:
             attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -136,15 +147,17 @@ class Function:
         self, grid: tuple[int, int, int], block: tuple[int, int], stream: int, words: Words
     ) -> None:
         """Start the kernel; its parameters are copied before this returns."""
-        error = api().cuLaunchKernel(
-            self.handle, *grid, *block, 1, self.shared, stream, words.pointers, 0
-        )
-        if int(error[0]):
-            check(error)
+        config = words.configured(grid, block, self.shared, stream)
+        error = _launcher()(config, self._address, words.pointers, None)
+        if error:
+            check((api().CUresult(error),))
 
 
 class Words:
-    """Parameters of one launch: a slot of 8 bytes each, and the list of their addresses."""
+    """What one launch is given: its parameters, a slot of 8 bytes each, and its configuration.
+
+    Not for several threads at once.
+    """
 
     def __init__(self, formats: str) -> None:
         self._struct = struct.Struct("<" + "".join(_SLOT_FORMAT[letter] for letter in formats))
@@ -152,13 +165,24 @@ class Words:
         base = ctypes.addressof(self._buffer)
         self._list = (ctypes.c_void_p * len(formats))(*[base + 8 * i for i in range(len(formats))])
         self.pointers = ctypes.addressof(self._list)
+        self._config = ctypes.create_string_buffer(_CONFIG.size)
+        self._config_address = ctypes.addressof(self._config)
 
     def fill(self, *values: Any) -> Words:
-        """Enter the values."""
+        """Enter the parameters."""
         self._struct.pack_into(self._buffer, 0, *values)
         return self
 
+    def configured(
+        self, grid: tuple[int, int, int], block: tuple[int, int], shared: int, stream: int
+    ) -> int:
+        """Enter the configuration, and return its address."""
+        _CONFIG.pack_into(self._config, 0, *grid, *block, 1, shared, stream, 0, 0)
+        return self._config_address
 
+
+# CUlaunchConfig: blocks, threads, bytes of shared memory, stream, no attributes.
+_CONFIG = struct.Struct("<7I4xQQI4x")
 # q: an address or int64, i: int32, f: float32.
 _SLOT_FORMAT = {"q": "q", "i": "i4x", "f": "f4x"}
 

@@ -1,0 +1,218 @@
+"""Calls whose arrays lie on a GPU: kinds of them, prepared once and then started.
+
+As `fusedattn.plan` for arrays in host memory: a kind is everything about a call but the contents of
+its arrays and the memory they lie in.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from fusedattn import arrays, checks, dispatch
+from fusedattn.arrays import Array, Kind
+from fusedattn.problem import AttentionProblem
+
+# Kinds of calls to remember, each with its prepared launch.
+CAPACITY = 256
+
+# Arrays of a call, and what kernels call them.
+_INPUTS = ("q", "k", "v", "mask", "bias", "alibi_slopes", "sinks")
+_OPERANDS = {**{name: name for name in _INPUTS}, "alibi_slopes": "slopes", "out": "out"}
+_LENGTHS = ("q_offset", "seqused_q", "seqused_k")
+
+
+class DevicePlan:
+    """A kind of call, checked and prepared; see `fusedattn.plan`.
+
+    It holds on to no array, and any number of threads may call it at once.
+    """
+
+    def __init__(self, call: Any) -> None:
+        if call.backend not in (None, "cuda"):
+            dispatch.load(call.backend)
+            raise NotImplementedError(
+                f"backend {call.backend!r} takes arrays in host memory, but q lies on a GPU"
+            )
+        for name in ("score_mod", "block_mask"):
+            if getattr(call, name) is not None:  # before anybody reads what it carries along
+                raise NotImplementedError(
+                    f"backend 'cuda' not able to run this: no {name} on a GPU yet"
+                )
+        stream = arrays.stream_of(call.q, call.stream)
+        self._call = call._replace(stream=None, **dict.fromkeys((*_OPERANDS, *_LENGTHS)))
+        self._kinds, _ = _described(call, stream)
+        views = {
+            name: arrays.view(name, array, stream)
+            for name in _OPERANDS
+            if (array := getattr(call, name)) is not None
+        }
+        devices = {name: seen.device for name, seen in views.items()}
+        if len(set(devices.values())) > 1:
+            raise ValueError(f"all arrays must lie on one GPU, but lie on {devices}")
+        shadows = {name: seen.shadow for name, seen in views.items()}
+        problem = call._replace(stream=None, **shadows).problem()
+        backend: Any = dispatch.choose(problem, "cuda")
+        reasons = backend.unsuitable(problem)
+        if reasons:
+            raise NotImplementedError(f"backend 'cuda' not able to run this: {'; '.join(reasons)}")
+        if problem.out is None:
+            problem = replace(problem, out=_dense_out(problem))
+        self._out_shape = problem.restore(problem.out).shape
+        self._out_dtype = problem.out_dtype
+        self._lse_shape = problem.lse_shape if problem.return_lse else None
+        self._lse_dtype = problem.accumulator
+        self._prepared = None
+        if math.prod(problem.out_shape):
+            self._prepared = backend.prepare_on(problem, devices["q"])
+        # Where the elements of each array lie, relative to the first.
+        self._reach = {_OPERANDS[name]: _reach(shadow) for name, shadow in shadows.items()}
+
+    def __call__(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        *,
+        mask: Any = None,
+        bias: Any = None,
+        alibi_slopes: Any = None,
+        sinks: Any = None,
+        out: Any = None,
+        stream: Any = None,
+    ) -> Any:
+        """Compute `fusedattn.attention` of these arguments, with the options of the plan.
+
+        Raises
+        ------
+        ValueError
+            If an array differs from the planned one in shape, strides, dtype, GPU or alignment, or
+            is given where it was not, or the reverse.
+        """
+        call = self._call._replace(
+            q=q, k=k, v=v, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks, out=out
+        )
+        number = arrays.stream_of(q, stream)
+        kinds, addresses = _described(call, number)
+        if kinds != self._kinds:
+            for name, kind, planned in zip(_OPERANDS, kinds, self._kinds, strict=True):
+                if kind != planned:
+                    was = _told(planned)
+                    raise ValueError(f"{name} is {_told(kind)}, but when planned was {was}")
+        return self.run(call, addresses, number)
+
+    def run(self, call: Any, addresses: dict[str, int], stream: int) -> Any:
+        """Compute a call of this kind."""
+        out, lse = call.out, None
+        if out is None:
+            out = arrays.empty_like(call.q, self._out_shape, self._out_dtype)
+            addresses["out"] = arrays.address_of(out, stream)
+        elif self._may_overlap(addresses):
+            self._check_overlap(call, stream)
+        if self._lse_shape is not None:
+            lse = arrays.empty_like(call.q, self._lse_shape, self._lse_dtype)
+            addresses["lse"] = arrays.address_of(lse, stream)
+        if self._prepared is not None:
+            with self._prepared.where.current():
+                self._prepared.run(addresses, stream)
+        return out if lse is None else (out, lse)
+
+    def _may_overlap(self, addresses: dict[str, int]) -> bool:
+        low, high = self._reach["out"]
+        start, end = addresses["out"] + low, addresses["out"] + high
+        for name, address in addresses.items():
+            low, high = self._reach[name]
+            if name != "out" and address + low < end and start < address + high:
+                return True
+        return False
+
+    @staticmethod
+    def _check_overlap(call: Any, stream: int) -> None:
+        shadows = {
+            name: arrays.view(name, array, stream).shadow
+            for name in _OPERANDS
+            if (array := getattr(call, name)) is not None
+        }
+        out = shadows.pop("out")
+        checks.output(out, out.shape, out.dtype, {**shadows})
+
+
+def _described(call: Any, stream: int) -> tuple[list[Kind | None], dict[str, int]]:
+    """Return the kinds of a call's arrays, and their addresses by the kernels' names."""
+    kinds: list[Kind | None] = []
+    addresses: dict[str, int] = {}
+    for name, kernel_name in _OPERANDS.items():
+        array = getattr(call, name)
+        kind = None
+        if array is not None:
+            kind, addresses[kernel_name] = arrays.described(name, array, stream)
+        kinds.append(kind)
+    return kinds, addresses
+
+
+def _told(kind: Kind | None) -> str:
+    if kind is None:
+        return "not given"
+    shape, strides, dtype, device, rest = kind
+    return (
+        f"an array of dtype {dtype}, shape {tuple(shape)} and strides {tuple(strides)} on GPU "
+        f"{device}, {rest} bytes past a multiple of {arrays.ALIGNED}"
+    )
+
+
+def _reach(shadow: Array) -> tuple[int, int]:
+    """Return from where to where the bytes of an array lie, relative to its first element."""
+    low, high = np.lib.array_utils.byte_bounds(shadow)
+    first: int = shadow.__array_interface__["data"][0]
+    return int(low) - first, int(high) - first
+
+
+_plans: dict[Any, DevicePlan] = {}
+_lock = threading.Lock()
+
+
+def run(call: Any) -> Any:
+    """Compute a call of `attention` whose arrays lie on a GPU, by the plan of its kind."""
+    stream = arrays.stream_of(call.q, call.stream)
+    kinds, addresses = _described(call, stream)
+    key = _key(call, kinds)
+    plan = None if key is None else _plans.get(key)
+    if plan is None:
+        plan = DevicePlan(call)
+        if key is not None:
+            with _lock:
+                while len(_plans) >= CAPACITY:
+                    del _plans[next(iter(_plans))]
+                _plans[key] = plan
+    return plan.run(call, addresses, stream)
+
+
+def _key(call: Any, kinds: list[Any]) -> Any:
+    """All that decides how a call is run; None where contents of other arrays decide too."""
+    if not (call.q_offset is call.seqused_q is call.seqused_k is None):
+        return None
+    options = (
+        *(call.scale, call.causal, call.window_size, call.softcap, call.dropout_p, call.seed),
+        *(call.layout, call.return_lse, call.out_dtype, call.backend, call.score_mod_aux),
+        *(call.score_mod, call.block_mask),
+    )
+    # Types stand beside values because 1 == True == 1.0, and not all of them are accepted.
+    key = (*kinds, *options, *map(type, options), *map(type, call.window_size or ()))
+    try:
+        hash(key)
+    except TypeError:  # an argument without a hash, such as a list: a check will name it
+        return None
+    return key
+
+
+def _dense_out(problem: AttentionProblem) -> Array:
+    """An output as the caller's library will lay it out; only shape and strides are read."""
+    flat = np.broadcast_to(np.zeros((), problem.out_dtype), problem.out_shape)
+    shape = problem.restore(flat).shape
+    strides = arrays.dense_strides(shape, problem.out_dtype.itemsize)
+    # Any address that is as well aligned as new memory.
+    return problem.restore(arrays.placed(4096, shape, strides, problem.out_dtype))
