@@ -16,13 +16,6 @@ from fusedattn.cuda.unroll import inlined, unroll, unrolled
 Q = np.zeros((1, 2, 8, 8), np.float32)
 
 
-class OnGpu:
-    """Stands for an array on a GPU that nobody may look into."""
-
-    def __dlpack_device__(self):
-        return 2, 0
-
-
 @pytest.fixture
 def installed(monkeypatch):
     """Pretend that exactly these packages are installed."""
