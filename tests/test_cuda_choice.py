@@ -183,6 +183,22 @@ def test_pieces_are_written_out_and_assign_to_what_they_are_given():
     assert made(10) == (100, 10 + 11 + 12 + 200)
 
 
+def test_pieces_inside_a_kernel_assign_to_what_they_say():
+    def function(n):
+        total, i = 0, 100
+
+        def add(x):
+            nonlocal total
+            i = x + n
+            total += i
+
+        for j in unrolled(3):
+            add(j)
+        return i, total
+
+    assert function(10) == unroll(function, int)(10) == (100, 33)
+
+
 def test_a_piece_cannot_assign_to_what_is_no_variable():
     @inlined
     def clear(x):

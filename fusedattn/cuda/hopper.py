@@ -17,8 +17,7 @@ merges them.
 """
 
 # "not a == b" is true of NaN with every compiler; "a != b" is not.
-# A piece assigns to its parameters, which are variables of the caller.
-# ruff: noqa: SIM201, F841
+# ruff: noqa: SIM201
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 
 from __future__ import annotations
@@ -80,19 +79,29 @@ class Config(NamedTuple):
         return self.block_k * self.dims_v * 2
 
     @property
+    def q_stages(self) -> int:
+        """Tiles of queries in shared memory: that of the next tile too, where there is room."""
+        return 2 if self._shared(2) <= SHARED_LIMIT else 1
+
+    @property
     def shared(self) -> int:
         """Dynamic shared memory: tiles, barriers, and room to align."""
-        return self.q_bytes + self.stages * (self.k_bytes + self.v_bytes) + 1024 + 256
+        return self._shared(self.q_stages)
+
+    def _shared(self, q_stages: int) -> int:
+        tiles = q_stages * self.q_bytes + self.stages * (self.k_bytes + self.v_bytes)
+        return tiles + 1024 + 256
 
 
-# 64-bit parameters: maps of q, k and v; out, lse (0 for none), the items; strides of out in bytes.
-PARAMETERS = ("int64",) * 8 + ("int32",) * 8 + ("float32",)
-FORMATS = "q" * 8 + "i" * 8 + "f"
+# 64-bit parameters: maps of q, k and v; out, lse (0 for none), the items; strides of out in bytes,
+# and the rows of a partial result. What the host can compute is a parameter: it takes no register.
+PARAMETERS = ("int64",) * 9 + ("int32",) * 11 + ("float32",)
+FORMATS = "q" * 9 + "i" * 11 + "f"
 # What an item of the batch has in the table: four int32 and the offset of its out, as an int64.
 ITEM_BYTES = 24
 
 # Registers of a thread that loads, and of one that computes, by the number of those warpgroups.
-_REGISTERS = {1: (56, 240), 2: (24, 240), 3: (32, 160)}
+_REGISTERS = {1: (56, 240), 2: (40, 232), 3: (32, 160)}
 
 
 def make(tools: Any, config: Config) -> Any:
@@ -110,12 +119,13 @@ def make(tools: Any, config: Config) -> Any:
     PANELS_Q, PANELS_V = DIMS // PANEL, DIMS_V // PANEL
     Q_PANEL, KV_PANEL = BLOCK_Q * ROW_BYTES, KEYS * ROW_BYTES
     Q_BYTES, K_BYTES, V_BYTES = config.q_bytes, config.k_bytes, config.v_bytes
-    K_AT = Q_BYTES
+    Q_STAGES, Q_STEP = config.q_stages, Q_BYTES >> 4
+    K_AT = Q_STAGES * Q_BYTES
     V_AT = K_AT + STAGES * K_BYTES
-    BARRIERS = V_AT + STAGES * V_BYTES
-    Q_FULL, Q_EMPTY = BARRIERS, BARRIERS + 8
-    K_FULL, V_FULL = BARRIERS + 16, BARRIERS + 16 + 8 * STAGES
-    K_EMPTY, V_EMPTY = V_FULL + 8 * STAGES, V_FULL + 16 * STAGES
+    Q_FULL = V_AT + STAGES * V_BYTES
+    Q_EMPTY = Q_FULL + 8 * Q_STAGES
+    K_FULL = Q_EMPTY + 8 * Q_STAGES
+    V_FULL, K_EMPTY, V_EMPTY = (K_FULL + 8 * STAGES * n for n in (1, 2, 3))
     SCORES, OUTPUTS, WEIGHTS = KEYS // 2, DIMS_V // 2, KEYS // 4
     K_MAJOR = ptx.descriptor_words(16, 1024)[0]
     MN_MAJOR = ptx.descriptor_words(KV_PANEL, 1024)[0]
@@ -146,38 +156,12 @@ def make(tools: Any, config: Config) -> Any:
     scores_ready = asm(ptx.wait_for(SCORES, 1))
     first_scores_ready = asm(ptx.wait_for(SCORES, 0))
     outputs_ready = asm(ptx.wait_for(OUTPUTS, 0))
+    last_outputs_ready = asm(ptx.wait_for(OUTPUTS, 1))
 
     @inlined
-    def locate(
-        tile, splits, section_tiles, abreast, units, row_blocks, unit_heads, num_heads,
-        batch, head, row_lo, split,
-    ):  # fmt: skip
-        # Units are heads, or heads in one tile: as many abreast as the L2 holds, their longest
-        # tiles first.
-        split, index = int32(0), tile
-        if SPLIT:
-            index = int32(tile // splits)
-            split = int32(tile - index * splits)
-        section = int32(index // section_tiles)
-        index = int32(index - section * section_tiles)
-        here = int32(min(abreast, units - section * abreast))
-        row_lo = int32((row_blocks - int32(1) - index // here) * int32(BLOCK_Q))
-        first_head = int32((section * abreast + index % here) * unit_heads)
-        batch, head = int32(first_head // num_heads), int32(first_head % num_heads)
-
-    @inlined
-    def keys_of(row_lo, row_hi, split, k_from, k_to, used_q, used_k, lo, hi):
-        # The keys that any row of the tile sees.
-        lo_wide, hi_wide = block_interval(row_lo, row_hi, k_from, k_to, used_q, used_k)
-        lo, hi = int32(lo_wide), int32(hi_wide)
-        if SPLIT:
-            lo = int32(max(lo, int32(split * int32(SPLIT_KEYS))))
-            hi = int32(min(hi, int32(split * int32(SPLIT_KEYS) + int32(SPLIT_KEYS))))
-
-    @inlined
-    def advance(stage, phase):
+    def advance(stage, phase, stages):
         stage = int32(stage + 1)
-        if stage == STAGES:
+        if stage == stages:
             stage, phase = int32(0), int32(phase ^ int32(1))
 
     @inlined
@@ -188,10 +172,20 @@ def make(tools: Any, config: Config) -> Any:
                 scores[i] = float32(NO_KEY)
 
     @inlined
-    def weigh(scores, row_max, row_sum, shift, rescale, scale_log2):
+    def shift_of(row_max, scale_log2, shift):
+        # A row that has seen no key has nothing to shift by; -inf - -inf is NaN.
+        for h in unrolled(2):
+            shift[h] = -row_max[h] * scale_log2
+            if row_max[h] == float32(NO_KEY):
+                shift[h] = float32(0)
+
+    @inlined
+    def weigh(scores, row_max, row_sum, rescale, scale_log2):
         # From scores to weights: the largest of each row, and what the rows before it shrink by.
         old = cuda.local.array(2, float32)
+        shift = cuda.local.array(2, float32)
         start = cuda.local.array(2, float32)
+        shift_of(row_max, scale_log2, old)
         for i in unrolled(SCORES // 4):
             for h in unrolled(2):
                 larger = maximum(scores[4 * i + 2 * h], scores[4 * i + 2 * h + 1])
@@ -200,12 +194,8 @@ def make(tools: Any, config: Config) -> Any:
             row_max[h] = maximum(row_max[h], swap_1(row_max[h]))
         for h in unrolled(2):
             row_max[h] = maximum(row_max[h], swap_2(row_max[h]))
+        shift_of(row_max, scale_log2, shift)
         for h in unrolled(2):
-            old[h] = shift[h]
-            shift[h] = -row_max[h] * scale_log2
-            # A row that has seen no key has nothing to shift by; -inf - -inf is NaN.
-            if row_max[h] == float32(NO_KEY):
-                shift[h] = float32(0)
             start[h] = shift[h]
         if max(abs(shift[0]), abs(shift[1])) > float32(LARGE):
             # Far from 0, a product rounded here and not there may differ by more than the largest
@@ -252,30 +242,59 @@ def make(tools: Any, config: Config) -> Any:
                     store_word(to + int64(i * 8 * OUT_BYTES), pack_out(x, y))
 
     def kernel(
-        q_map, k_map, v_map, out, lse, items, out_head, out_row,
-        batch_size, num_heads, group_size, seqlen_q, head_dim_v, abreast, unit_heads, splits,
-        scale_log2,
+        q_map, k_map, v_map, out, lse, items, out_head, out_row, split_rows,
+        num_heads, group_size, seqlen_q, head_dim_v, unit_heads, units, abreast, row_blocks,
+        section_tiles, splits, all_tiles, scale_log2,
     ):  # fmt: skip
         thread = int32(cuda.threadIdx.x)
-        shared = int32((shared_base() + int32(1023)) & int32(-1024))
         # Products of int32 are int64 to Numba: what is cast back stays in one register.
-        units = int32(batch_size * num_heads)
-        row_blocks = int32((seqlen_q + int32(BLOCK_Q - 1)) // int32(BLOCK_Q))
-        if PACKED:
-            units, row_blocks = int32(units // unit_heads), int32(1)
-        section_tiles = int32(row_blocks * abreast)
-        all_tiles = int32(units * row_blocks)
-        if SPLIT:
-            all_tiles = int32(all_tiles * splits)
-        # Tiles go from long to short: back and forth over the blocks, each has its share of work.
+        shared = int32((shared_base() + int32(1023)) & int32(-1024))
         blocks = int32(cuda.gridDim.x)
+        # The tile at hand: which it is, what bounds its keys, and which any row of it sees.
+        turn, round_lo = int32(cuda.blockIdx.x), int32(0)
+        tile = turn
+        batch, head, row_lo, split = int32(0), int32(0), int32(0), int32(0)
+        k_from, k_to, used_q, used_k = int32(0), int32(0), int32(0), int32(0)
+        key_lo, key_hi, item = int32(0), int32(0), items
+
+        def locate():
+            nonlocal batch, head, row_lo, split, item, k_from, k_to, used_q, used_k, key_lo, key_hi
+            index = tile
+            if SPLIT:
+                index = int32(tile // splits)
+                split = int32(tile - index * splits)
+            # Units are heads, or heads in one tile: as many abreast as the L2 holds, their longest
+            # tiles first.
+            section = int32(index // section_tiles)
+            index = int32(index - section * section_tiles)
+            here = int32(min(abreast, units - section * abreast))
+            row_lo = int32((row_blocks - int32(1) - index // here) * int32(BLOCK_Q))
+            first_head = int32((section * abreast + index % here) * unit_heads)
+            batch, head = int32(first_head // num_heads), int32(first_head % num_heads)
+            item = items + int64(batch) * int64(ITEM_BYTES)
+            k_from, k_to = load_int(item), load_int(item + int64(4))
+            used_q, used_k = load_int(item + int64(8)), load_int(item + int64(12))
+            row_hi = min(int32(row_lo + BLOCK_Q), seqlen_q)
+            lo, hi = block_interval(row_lo, row_hi, k_from, k_to, used_q, used_k)
+            key_lo, key_hi = int32(lo), int32(hi)
+            if SPLIT:
+                key_lo = int32(max(key_lo, int32(split * int32(SPLIT_KEYS))))
+                key_hi = int32(min(key_hi, int32(split * int32(SPLIT_KEYS) + int32(SPLIT_KEYS))))
+
+        def go_on():
+            # Tiles go from long to short: back and forth over the blocks, each has its share.
+            nonlocal turn, round_lo, tile
+            turn = int32(blocks - int32(1) - turn)
+            round_lo = int32(round_lo + blocks)
+            tile = int32(round_lo + turn)
 
         if thread == 0:
             prefetch(q_map)
             prefetch(k_map)
             prefetch(v_map)
-            barrier_init(int32(shared + Q_FULL), int32(1))
-            barrier_init(int32(shared + Q_EMPTY), int32(WARPGROUPS))
+            for s in unrolled(Q_STAGES):
+                barrier_init(int32(shared + (Q_FULL + 8 * s)), int32(1))
+                barrier_init(int32(shared + (Q_EMPTY + 8 * s)), int32(WARPGROUPS))
             for s in unrolled(STAGES):
                 barrier_init(int32(shared + (K_FULL + 8 * s)), int32(1))
                 barrier_init(int32(shared + (V_FULL + 8 * s)), int32(1))
@@ -284,40 +303,29 @@ def make(tools: Any, config: Config) -> Any:
             barrier_fence()
         cuda.syncthreads()
 
-        batch, head, row_lo, split = int32(0), int32(0), int32(0), int32(0)
-        key_lo, key_hi = int32(0), int32(0)
-        turn, round_lo = int32(cuda.blockIdx.x), int32(0)
-        tile = turn
         if thread < 128:
             fewer_registers()
             if thread == 0:
                 # The first round of waits passes: nobody has used anything yet.
-                stage, phase, q_phase = int32(0), int32(1), int32(1)
+                stage, phase, q_stage, q_phase = int32(0), int32(1), int32(0), int32(1)
                 q_bytes = int32(Q_BYTES)
                 if PACKED:
                     q_bytes = int32(int32(PANELS_Q * ROW_BYTES) * unit_heads * seqlen_q)
                 while tile < all_tiles:
-                    locate(
-                        tile, splits, section_tiles, abreast, units, row_blocks, unit_heads,
-                        num_heads, batch, head, row_lo, split,
-                    )  # fmt: skip
+                    locate()
                     head_kv = int32(head // group_size)
-                    item = items + int64(batch) * int64(ITEM_BYTES)
-                    k_from, k_to = load_int(item), load_int(item + int64(4))
-                    used_q, used_k = load_int(item + int64(8)), load_int(item + int64(12))
-                    row_hi = min(int32(row_lo + BLOCK_Q), seqlen_q)
-                    keys_of(row_lo, row_hi, split, k_from, k_to, used_q, used_k, key_lo, key_hi)
                     if key_lo < key_hi:
                         first_key = int32(key_lo // int32(KEYS) * int32(KEYS))
                         key = int32((key_hi - int32(1)) // int32(KEYS) * int32(KEYS))
-                        wait(int32(shared + Q_EMPTY), q_phase)
-                        q_phase = int32(q_phase ^ int32(1))
-                        expect(int32(shared + Q_FULL), q_bytes)
+                        full = int32(shared + Q_FULL + 8 * q_stage)
+                        wait(int32(shared + Q_EMPTY + 8 * q_stage), q_phase)
+                        expect(full, q_bytes)
                         for panel in unrolled(PANELS_Q):
                             load_tile(
-                                int32(shared + panel * Q_PANEL), q_map, int32(shared + Q_FULL),
+                                int32(shared + panel * Q_PANEL + q_stage * Q_BYTES), q_map, full,
                                 int32(panel * PANEL), row_lo, head, batch,
                             )  # fmt: skip
+                        advance(q_stage, q_phase, Q_STAGES)
                         while key >= first_key:
                             full = int32(shared + K_FULL + 8 * stage)
                             wait(int32(shared + K_EMPTY + 8 * stage), phase)
@@ -335,23 +343,20 @@ def make(tools: Any, config: Config) -> Any:
                                     int32(shared + (V_AT + panel * KV_PANEL) + stage * V_BYTES),
                                     v_map, full, int32(panel * PANEL), key, head_kv, batch,
                                 )  # fmt: skip
-                            advance(stage, phase)
+                            advance(stage, phase, STAGES)
                             key = int32(key - KEYS)
-                    turn = int32(blocks - int32(1) - turn)
-                    round_lo = int32(round_lo + blocks)
-                    tile = int32(round_lo + turn)
+                    go_on()
         else:
             more_registers()
             scores = cuda.local.array(SCORES, float32)
             outputs = cuda.local.array(OUTPUTS, float32)
             weights = cuda.local.array(WEIGHTS, int32)
-            # Of my two rows: their state, and the keys they see.
+            # Of my two rows: their state, which queries they are, and the keys they see.
             row_max = cuda.local.array(2, float32)
             row_sum = cuda.local.array(2, float32)
-            shift = cuda.local.array(2, float32)
             rescale = cuda.local.array(2, float32)
-            head_off = cuda.local.array(2, int32)
             query = cuda.local.array(2, int32)
+            query_head = cuda.local.array(2, int32)
             low = cuda.local.array(2, int32)
             high = cuda.local.array(2, int32)
             mine = int32(thread - int32(128))
@@ -362,109 +367,153 @@ def make(tools: Any, config: Config) -> Any:
             # The first of my rows and columns in a tile: the layout of an accumulator of wgmma.
             my_row = int32(warp * int32(16) + (lane >> int32(2)))
             column = int32((lane & int32(3)) * int32(2))
-            q_place = int32(((shared + warpgroup * int32(64 * ROW_BYTES)) >> int32(4)) | K_MAJOR)
+            q_places = int32(((shared + warpgroup * int32(64 * ROW_BYTES)) >> int32(4)) | K_MAJOR)
             k_places = int32(((shared + int32(K_AT)) >> int32(4)) | K_MAJOR)
             v_places = int32(((shared + int32(V_AT)) >> int32(4)) | MN_MAJOR)
-            stage, phase, q_phase = int32(0), int32(0), int32(0)
-            while tile < all_tiles:
-                locate(
-                    tile, splits, section_tiles, abreast, units, row_blocks, unit_heads,
-                    num_heads, batch, head, row_lo, split,
+            stage, phase, q_stage, q_phase = int32(0), int32(0), int32(0), int32(0)
+            to, to_lse = int64(0), int64(0)
+            found = False
+
+            def my_queries(row_lo, head):
+                # Which query of which head my rows are; none of any head past the last.
+                for h in unrolled(2):
+                    query[h], query_head[h] = int32(row_lo + my_row + 8 * h), head
+                    if PACKED:
+                        above = int32(query[h] // seqlen_q)
+                        query[h] = int32(query[h] - above * seqlen_q)
+                        query_head[h] = int32(head + above)
+                        if above >= unit_heads:
+                            query[h] = seqlen_q
+
+            def place(h, batch, split, out_item):
+                # Where a row's results go; partial ones lie one split after the other.
+                nonlocal to, to_lse
+                row = int64(split) * split_rows + int64(query[h])
+                heads_before = int64(batch) * int64(num_heads) + int64(query_head[h])
+                to_lse = lse + (row + heads_before * int64(seqlen_q)) * int64(4)
+                to = out + out_item + int64(query_head[h]) * out_head + row * out_row
+                to += int64(column) * int64(OUT_BYTES)
+
+            def find():
+                # The next tile with keys; what belongs into those without is written on the way.
+                nonlocal found
+                found = False
+                while tile < all_tiles and not found:
+                    locate()
+                    found = key_lo < key_hi
+                    if not found:
+                        out_item = load_long(item + int64(16))
+                        my_queries(row_lo, head)
+                        for h in unrolled(2):
+                            if query[h] < seqlen_q:
+                                place(h, batch, split, out_item)
+                                if lse != 0 and column == 0:
+                                    store_float(to_lse, float32(NO_KEY))
+                                for i in unrolled(DIMS_V // 8):
+                                    if int32(i * 8) < head_dim_v:
+                                        if WIDE:
+                                            store_floats(
+                                                to + int64(i * 8 * OUT_BYTES),
+                                                float32(0), float32(0),
+                                            )  # fmt: skip
+                                        else:
+                                            store_word(to + int64(i * 8 * OUT_BYTES), int32(0))
+                        go_on()
+
+            def await_first_keys():
+                wait(int32(shared + Q_FULL + 8 * q_stage), q_phase)
+                wait(int32(shared + K_FULL + 8 * stage), phase)
+
+            find()
+            if found:
+                await_first_keys()
+                begin_scores(
+                    scores,
+                    int32(q_places + q_stage * Q_STEP), int32(k_places + stage * K_STEP),
                 )  # fmt: skip
-                item = items + int64(batch) * int64(ITEM_BYTES)
-                k_from, k_to = load_int(item), load_int(item + int64(4))
-                used_q, used_k = load_int(item + int64(8)), load_int(item + int64(12))
+                first_scores_ready(scores)
+            while found:
+                if leader:
+                    arrive(int32(shared + K_EMPTY + 8 * stage))
+                now_batch, now_head, now_row, now_split = batch, head, row_lo, split
                 row_hi = min(int32(row_lo + BLOCK_Q), seqlen_q)
-                keys_of(row_lo, row_hi, split, k_from, k_to, used_q, used_k, key_lo, key_hi)
                 lo, hi = common_interval(row_lo, row_hi, k_from, k_to, used_q, used_k)
                 all_lo, all_hi = int32(lo), int32(hi)
+                my_queries(row_lo, head)
                 for h in unrolled(2):
-                    head_off[h], query[h] = int32(0), int32(row_lo + my_row + 8 * h)
-                    if PACKED:
-                        head_off[h] = int32(query[h] // seqlen_q)
-                        query[h] = int32(query[h] - head_off[h] * seqlen_q)
-                        if head_off[h] >= unit_heads:
-                            query[h] = seqlen_q
                     lo, hi = row_interval(query[h], k_from, k_to, used_q, used_k)
                     low[h], high[h] = int32(lo), int32(hi)
                     row_max[h], row_sum[h] = float32(NO_KEY), float32(0)
-                    shift[h] = float32(0)
                 for i in unrolled(OUTPUTS):
                     outputs[i] = float32(0)
+                key = int32((key_hi - int32(1)) // int32(KEYS) * int32(KEYS))
+                if key < all_lo or int32(key + KEYS) > all_hi:
+                    hide(scores, key, column, low, high)
+                weigh(scores, row_max, row_sum, rescale, scale_log2)
+                for i in unrolled(WEIGHTS):
+                    weights[i] = pack(scores[2 * i], scores[2 * i + 1])
 
-                if key_lo < key_hi:
-                    first_key = int32(key_lo // int32(KEYS) * int32(KEYS))
-                    key = int32((key_hi - int32(1)) // int32(KEYS) * int32(KEYS))
-                    wait(int32(shared + Q_FULL), q_phase)
-                    q_phase = int32(q_phase ^ int32(1))
+                while key > key_lo:
+                    before, phase_before = stage, phase
+                    advance(stage, phase, STAGES)
                     wait(int32(shared + K_FULL + 8 * stage), phase)
-                    begin_scores(scores, q_place, int32(k_places + stage * K_STEP))
-                    first_scores_ready(scores)
+                    begin_scores(
+                        scores,
+                        int32(q_places + q_stage * Q_STEP), int32(k_places + stage * K_STEP),
+                    )  # fmt: skip
+                    wait(int32(shared + V_FULL + 8 * before), phase_before)
+                    clear_unseen(int32(shared + V_AT + before * V_BYTES), key, key_lo, key_hi, mine)
+                    begin_outputs(outputs, weights, int32(v_places + before * V_STEP))
+                    scores_ready(scores)
                     if leader:
                         arrive(int32(shared + K_EMPTY + 8 * stage))
+                    key = int32(key - KEYS)
                     if key < all_lo or int32(key + KEYS) > all_hi:
                         hide(scores, key, column, low, high)
-                    weigh(scores, row_max, row_sum, shift, rescale, scale_log2)
+                    weigh(scores, row_max, row_sum, rescale, scale_log2)
+                    outputs_ready(outputs)
+                    if leader:
+                        arrive(int32(shared + V_EMPTY + 8 * before))
+                    for i in unrolled(OUTPUTS):
+                        outputs[i] *= rescale[i % 4 // 2]
                     for i in unrolled(WEIGHTS):
                         weights[i] = pack(scores[2 * i], scores[2 * i + 1])
 
-                    while key > first_key:
-                        before, phase_before = stage, phase
-                        advance(stage, phase)
-                        wait(int32(shared + K_FULL + 8 * stage), phase)
-                        begin_scores(scores, q_place, int32(k_places + stage * K_STEP))
-                        wait(int32(shared + V_FULL + 8 * before), phase_before)
-                        clear_unseen(
-                            int32(shared + V_AT + before * V_BYTES), key, key_lo, key_hi, mine
-                        )
-                        begin_outputs(outputs, weights, int32(v_places + before * V_STEP))
-                        scores_ready(scores)
-                        if leader:
-                            arrive(int32(shared + K_EMPTY + 8 * stage))
-                        key = int32(key - KEYS)
-                        if key < all_lo or int32(key + KEYS) > all_hi:
-                            hide(scores, key, column, low, high)
-                        weigh(scores, row_max, row_sum, shift, rescale, scale_log2)
-                        outputs_ready(outputs)
-                        if leader:
-                            arrive(int32(shared + V_EMPTY + 8 * before))
-                        for i in unrolled(OUTPUTS):
-                            outputs[i] *= rescale[i % 4 // 2]
-                        for i in unrolled(WEIGHTS):
-                            weights[i] = pack(scores[2 * i], scores[2 * i + 1])
-
-                    if leader:
-                        arrive(int32(shared + Q_EMPTY))
-                    wait(int32(shared + V_FULL + 8 * stage), phase)
-                    clear_unseen(int32(shared + V_AT + stage * V_BYTES), key, key_lo, key_hi, mine)
-                    begin_outputs(outputs, weights, int32(v_places + stage * V_STEP))
-                    outputs_ready(outputs)
-                    if leader:
-                        arrive(int32(shared + V_EMPTY + 8 * stage))
-                    advance(stage, phase)
-                    for h in unrolled(2):
-                        row_sum[h] += swap_1(row_sum[h])
-                        row_sum[h] += swap_2(row_sum[h])
-
-                # Partial results lie one split after the other.
-                rows_before = int64(split) * int64(batch_size) * int64(num_heads) * int64(seqlen_q)
+                if leader:
+                    arrive(int32(shared + Q_EMPTY + 8 * q_stage))
+                advance(q_stage, q_phase, Q_STAGES)
+                wait(int32(shared + V_FULL + 8 * stage), phase)
+                clear_unseen(int32(shared + V_AT + stage * V_BYTES), key, key_lo, key_hi, mine)
+                begin_outputs(outputs, weights, int32(v_places + stage * V_STEP))
+                # The first scores of the next tile are made while the outputs of this one are
+                # finished and written; after the last tile nobody looks at what is made.
+                before = stage
+                advance(stage, phase, STAGES)
+                go_on()
+                find()
+                if found:
+                    await_first_keys()
+                begin_scores(
+                    scores,
+                    int32(q_places + q_stage * Q_STEP), int32(k_places + stage * K_STEP),
+                )  # fmt: skip
+                out_item = load_long(items + int64(now_batch) * int64(ITEM_BYTES) + int64(16))
+                my_queries(now_row, now_head)
+                last_outputs_ready(outputs)
+                if leader:
+                    arrive(int32(shared + V_EMPTY + 8 * before))
                 for h in unrolled(2):
+                    row_sum[h] += swap_1(row_sum[h])
+                    row_sum[h] += swap_2(row_sum[h])
                     factor, row_lse = float32(1), float32(NO_KEY)
                     if not row_sum[h] == float32(0):
                         factor = float32(1) / row_sum[h]
                         row_lse = fma(row_max[h], scale_log2, log2(row_sum[h])) * float32(LN_2)
                     if query[h] < seqlen_q:
-                        my_head = int64(head + head_off[h])
+                        place(h, now_batch, now_split, out_item)
                         if lse != 0 and column == 0:
-                            place = (int64(batch) * int64(num_heads) + my_head) * int64(seqlen_q)
-                            place += rows_before + int64(query[h])
-                            store_float(lse + place * int64(4), row_lse)
-                        to = out + load_long(item + int64(16)) + my_head * out_head
-                        to += (rows_before + int64(query[h])) * out_row
-                        to += int64(column) * int64(OUT_BYTES)
+                            store_float(to_lse, row_lse)
                         write_row(h, outputs, factor, to, head_dim_v)
-                turn = int32(blocks - int32(1) - turn)
-                round_lo = int32(round_lo + blocks)
-                tile = int32(round_lo + turn)
+                first_scores_ready(scores)
 
     return kernel

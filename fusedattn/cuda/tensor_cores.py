@@ -195,8 +195,7 @@ class Launch(NamedTuple):
     config: hopper.Config
     grid: int
     splits: int
-    out_head: int
-    out_row: int
+    out_item: int  # bytes of a batch item of a partial result
     numbers: tuple[int | float, ...]
 
 
@@ -224,11 +223,13 @@ def launch_of(problem: AttentionProblem, multiprocessors: int) -> Launch:
         assert problem.out is not None
         *_, head, row, _ = problem.out.strides
     numbers = (
-        *(problem.batch_size, problem.num_heads, problem.group_size, problem.seqlen_q),
-        *(problem.head_dim_v, abreast, together, splits, problem.scale / math.log(2.0)),
+        *(head, row, problem.batch_size * problem.num_heads * problem.seqlen_q),
+        *(problem.num_heads, problem.group_size, problem.seqlen_q, problem.head_dim_v, together),
+        *(units, abreast, row_blocks, abreast * row_blocks, splits, tiles),
+        problem.scale / math.log(2.0),
     )
     grid = min(tiles, multiprocessors) if equal else tiles
-    return Launch(config, grid, splits, head, row, numbers)
+    return Launch(config, grid, splits, problem.num_heads * head, numbers)
 
 
 class Prepared:
@@ -257,7 +258,7 @@ class Prepared:
         base, launch = maps.address, self._launch
         words.fill(
             *(base, base + 128, base + 256, addresses["out"], addresses.get("lse", 0)),
-            *(self._items.address, launch.out_head, launch.out_row, *launch.numbers),
+            *(self._items.address, *launch.numbers),
         )
         self._function.launch((launch.grid, 1, 1), (launch.config.threads, 1), stream, words)
 
@@ -286,9 +287,7 @@ def item_table(problem: AttentionProblem, launch: Launch) -> Array:
         axis=-1,
     ).astype(np.int32)
     if launch.splits > 1:
-        offsets = np.arange(problem.batch_size, dtype=np.int64) * (
-            problem.num_heads * launch.out_head
-        )
+        offsets = np.arange(problem.batch_size, dtype=np.int64) * launch.out_item
     else:
         assert problem.out is not None
         offsets = np.zeros(1, np.int64)

@@ -5,9 +5,10 @@ loops by their own lights, and one that stays a loop sends the whole array to sl
 loops over registers are written ``for i in unrolled(n)`` and unrolled here, on the syntax tree. In
 the simulator they stay what they look like.
 
-A long kernel is written in pieces, ``@inlined`` functions that are called as statements. Their
-arguments are handed over by name: a piece that assigns to a parameter assigns to the variable of
-the caller. Its other variables are its own. A piece cannot return anything.
+A long kernel is written in pieces that are called as statements and return nothing: functions
+inside it, which say which of its variables they assign to (``nonlocal``), and ``@inlined`` ones
+outside. Arguments are handed over by name: where a piece of the latter kind assigns to a parameter,
+it assigns to the caller's variable. Other variables of a piece are its own.
 """
 
 from __future__ import annotations
@@ -87,31 +88,51 @@ class _Unroller(ast.NodeTransformer):
     def __init__(self, space: dict[str, Any]) -> None:
         self._space = space
         self._known: dict[str, int] = {}
+        self._inner: dict[str, ast.FunctionDef] = {}
+        self._depth = 0
         self._pieces = 0
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> Any:
+        """Keep the pieces inside the kernel for where they are called."""
+        if self._depth:
+            self._inner[node.name] = node
+            return None
+        self._depth += 1
+        return self.generic_visit(node)
 
     def visit_Expr(self, node: ast.Expr) -> Any:
         """Write a piece out."""
         call = node.value
-        piece: Any = None
-        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name):
-            piece = self._space.get(call.func.id)
-        if not getattr(piece, "inlined", False):
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
             return self.generic_visit(node)
-        assert isinstance(call, ast.Call)
+        definition = self._piece(call.func.id)
+        if definition is None:
+            return self.generic_visit(node)
         assert not call.keywords
-        definition = _definition(piece)
-        for name, value in _names(piece).items():
-            assert self._space.setdefault(name, value) is value, f"{name} has two meanings"
         parameters = [parameter.arg for parameter in definition.args.args]
         arguments = [self.visit(argument) for argument in call.args]
+        said = [part for part in definition.body if isinstance(part, ast.Nonlocal)]
+        outer = {name for part in said for name in part.names}
+        body = [part for part in definition.body if part not in said]
         self._pieces += 1
         renamer = _Renamer(dict(zip(parameters, arguments, strict=True)), f"_{self._pieces}")
         renamer.locals = {
             name.id
             for name in ast.walk(definition)
             if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)
-        } - {*parameters}
-        return self._written_out(renamer.visit(ast.Module(definition.body, [])).body)
+        }.difference(parameters, outer)
+        return self._written_out(renamer.visit(ast.Module(body, [])).body)
+
+    def _piece(self, name: str) -> ast.FunctionDef | None:
+        """Return what a name stands for, if that is a piece."""
+        if name in self._inner:
+            return copy.deepcopy(self._inner[name])
+        function = self._space.get(name)
+        if not getattr(function, "inlined", False):
+            return None
+        for free, value in _names(function).items():
+            assert self._space.setdefault(free, value) is value, f"{free} has two meanings"
+        return _definition(function)
 
     def _written_out(self, statements: list[ast.stmt]) -> list[ast.stmt]:
         made: list[ast.stmt] = []
