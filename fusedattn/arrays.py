@@ -8,6 +8,7 @@ on the stream that the caller's library works on.
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import sys
 from typing import Any, NamedTuple
@@ -19,8 +20,8 @@ from numpy.typing import NDArray
 from fusedattn import checks
 
 Array = NDArray[Any]
-# Shape, strides, dtype, number of the GPU, and the address modulo `ALIGNED`.
-Kind = tuple[Any, Any, Any, int, int]
+# Shape, strides, dtype, GPU, and the address modulo `ALIGNED`.
+Kind = tuple[Any, Any, Any, Any, int]
 
 # What the widest loads of kernels ask of an address.
 ALIGNED = 16
@@ -83,7 +84,12 @@ def on_gpu(array: object) -> bool:
 
 
 def _library(array: object) -> str:
-    return type(array).__module__.partition(".")[0]
+    return _library_of(type(array))
+
+
+@functools.cache
+def _library_of(kind: type) -> str:
+    return kind.__module__.partition(".")[0]
 
 
 def view(name: str, array: Any, stream: int) -> View:
@@ -225,8 +231,8 @@ def described(name: str, array: Any, stream: int) -> tuple[Kind, int]:
     """Return all about an array but its contents and its memory, and where that begins."""
     if _library(array) == "torch":
         address = array.data_ptr()
-        where = array.device.index
-        return (array.shape, array.stride(), array.dtype, where, address % ALIGNED), address
+        kind = (array.shape, array.stride(), array.dtype, array.device, address % ALIGNED)
+        return kind, address
     seen = view(name, array, stream)
     address = _address(seen.shadow)
     shadow = seen.shadow

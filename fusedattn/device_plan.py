@@ -23,7 +23,7 @@ CAPACITY = 256
 # Arrays of a call, and what kernels call them.
 _INPUTS = ("q", "k", "v", "mask", "bias", "alibi_slopes", "sinks")
 _OPERANDS = {**{name: name for name in _INPUTS}, "alibi_slopes": "slopes", "out": "out"}
-_LENGTHS = ("q_offset", "seqused_q", "seqused_k")
+_NAMES = tuple(_OPERANDS.items())
 
 
 class DevicePlan:
@@ -44,8 +44,7 @@ class DevicePlan:
                     f"backend 'cuda' not able to run this: no {name} on a GPU yet"
                 )
         stream = arrays.stream_of(call.q, call.stream)
-        self._call = call._replace(stream=None, **dict.fromkeys((*_OPERANDS, *_LENGTHS)))
-        self._kinds, _ = _described(call, stream)
+        self._kinds, _ = _described(_operands_of(call), stream)
         views = {
             name: arrays.view(name, array, stream)
             for name in _OPERANDS
@@ -93,28 +92,26 @@ class DevicePlan:
             If an array differs from the planned one in shape, strides, dtype, GPU or alignment, or
             is given where it was not, or the reverse.
         """
-        call = self._call._replace(
-            q=q, k=k, v=v, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks, out=out
-        )
+        operands = (q, k, v, mask, bias, alibi_slopes, sinks, out)
         number = arrays.stream_of(q, stream)
-        kinds, addresses = _described(call, number)
+        kinds, addresses = _described(operands, number)
         if kinds != self._kinds:
             for name, kind, planned in zip(_OPERANDS, kinds, self._kinds, strict=True):
                 if kind != planned:
                     was = _told(planned)
                     raise ValueError(f"{name} is {_told(kind)}, but when planned was {was}")
-        return self.run(call, addresses, number)
+        return self.run(operands, addresses, number)
 
-    def run(self, call: Any, addresses: dict[str, int], stream: int) -> Any:
-        """Compute a call of this kind."""
-        out, lse = call.out, None
+    def run(self, operands: tuple[Any, ...], addresses: dict[str, int], stream: int) -> Any:
+        """Compute a call of this kind; ``operands`` are its arrays, in the order of the names."""
+        q, out, lse = operands[0], operands[-1], None
         if out is None:
-            out = arrays.empty_like(call.q, self._out_shape, self._out_dtype)
+            out = arrays.empty_like(q, self._out_shape, self._out_dtype)
             addresses["out"] = arrays.address_of(out, stream)
         elif self._may_overlap(addresses):
-            self._check_overlap(call, stream)
+            _check_overlap(operands, stream)
         if self._lse_shape is not None:
-            lse = arrays.empty_like(call.q, self._lse_shape, self._lse_dtype)
+            lse = arrays.empty_like(q, self._lse_shape, self._lse_dtype)
             addresses["lse"] = arrays.address_of(lse, stream)
         if self._prepared is not None:
             with self._prepared.where.current():
@@ -130,27 +127,27 @@ class DevicePlan:
                 return True
         return False
 
-    @staticmethod
-    def _check_overlap(call: Any, stream: int) -> None:
-        shadows = {
-            name: arrays.view(name, array, stream).shadow
-            for name in _OPERANDS
-            if (array := getattr(call, name)) is not None
-        }
-        out = shadows.pop("out")
-        checks.output(out, out.shape, out.dtype, {**shadows})
+
+def _check_overlap(operands: tuple[Any, ...], stream: int) -> None:
+    shadows = {
+        name: arrays.view(name, array, stream).shadow
+        for name, array in zip(_OPERANDS, operands, strict=True)
+        if array is not None
+    }
+    out = shadows.pop("out")
+    checks.output(out, out.shape, out.dtype, {**shadows})
 
 
-def _described(call: Any, stream: int) -> tuple[list[Kind | None], dict[str, int]]:
+def _described(operands: tuple[Any, ...], stream: int) -> tuple[list[Kind | None], dict[str, int]]:
     """Return the kinds of a call's arrays, and their addresses by the kernels' names."""
     kinds: list[Kind | None] = []
     addresses: dict[str, int] = {}
-    for name, kernel_name in _OPERANDS.items():
-        array = getattr(call, name)
-        kind = None
-        if array is not None:
+    for (name, kernel_name), array in zip(_NAMES, operands, strict=True):
+        if array is None:
+            kinds.append(None)
+        else:
             kind, addresses[kernel_name] = arrays.described(name, array, stream)
-        kinds.append(kind)
+            kinds.append(kind)
     return kinds, addresses
 
 
@@ -159,7 +156,7 @@ def _told(kind: Kind | None) -> str:
         return "not given"
     shape, strides, dtype, device, rest = kind
     return (
-        f"an array of dtype {dtype}, shape {tuple(shape)} and strides {tuple(strides)} on GPU "
+        f"an array of dtype {dtype}, shape {tuple(shape)} and strides {tuple(strides)} on device "
         f"{device}, {rest} bytes past a multiple of {arrays.ALIGNED}"
     )
 
@@ -175,12 +172,20 @@ _plans: dict[Any, DevicePlan] = {}
 _lock = threading.Lock()
 
 
+def _operands_of(call: Any) -> tuple[Any, ...]:
+    return (*call[:3], call.mask, call.bias, call.alibi_slopes, call.sinks, call.out)
+
+
 def run(call: Any) -> Any:
     """Compute a call of `attention` whose arrays lie on a GPU, by the plan of its kind."""
     stream = arrays.stream_of(call.q, call.stream)
-    kinds, addresses = _described(call, stream)
+    operands = _operands_of(call)
+    kinds, addresses = _described(operands, stream)
     key = _key(call, kinds)
-    plan = None if key is None else _plans.get(key)
+    try:
+        plan = _plans.get(key)
+    except TypeError:  # an argument without a hash, such as a list: a check will name it
+        key = plan = None
     if plan is None:
         plan = DevicePlan(call)
         if key is not None:
@@ -188,25 +193,20 @@ def run(call: Any) -> Any:
                 while len(_plans) >= CAPACITY:
                     del _plans[next(iter(_plans))]
                 _plans[key] = plan
-    return plan.run(call, addresses, stream)
+    return plan.run(operands, addresses, stream)
 
 
 def _key(call: Any, kinds: list[Any]) -> Any:
     """All that decides how a call is run; None where contents of other arrays decide too."""
     if not (call.q_offset is call.seqused_q is call.seqused_k is None):
         return None
+    # Types stand beside values because 1 == True == 1.0, and not all of them are accepted.
     options = (
         *(call.scale, call.causal, call.window_size, call.softcap, call.dropout_p, call.seed),
         *(call.layout, call.return_lse, call.out_dtype, call.backend, call.score_mod_aux),
         *(call.score_mod, call.block_mask),
     )
-    # Types stand beside values because 1 == True == 1.0, and not all of them are accepted.
-    key = (*kinds, *options, *map(type, options), *map(type, call.window_size or ()))
-    try:
-        hash(key)
-    except TypeError:  # an argument without a hash, such as a list: a check will name it
-        return None
-    return key
+    return (*kinds, *options, *map(type, options), *map(type, call.window_size or ()))
 
 
 def _dense_out(problem: AttentionProblem) -> Array:

@@ -12,7 +12,6 @@ import os
 import struct
 import threading
 import weakref
-from collections.abc import Callable, Iterator
 from typing import Any
 
 from numpy.typing import NDArray
@@ -43,12 +42,11 @@ def check(result: tuple[Any, ...]) -> Any:
 
 
 @functools.cache
-def _launcher() -> Callable[[int, int, int, None], int]:
-    """Return cuLaunchKernelEx: called for each launch, so without the objects of cuda-bindings."""
-    library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-    launcher: Any = library.cuLaunchKernelEx
-    launcher.argtypes = [ctypes.c_void_p] * 4
-    return launcher  # type: ignore[no-any-return]
+def library() -> ctypes.CDLL:
+    """Return the driver itself, for what each launch calls: without cuda-bindings' objects."""
+    loaded = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    loaded.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4
+    return loaded
 
 
 @functools.cache
@@ -98,19 +96,9 @@ class Device:
         """Name of the chip for compilers; on Hopper with the instructions of that chip alone."""
         return f"sm_{self.major}{self.minor}" + ("a" if self.capability == (9, 0) else "")
 
-    @contextlib.contextmanager
-    def current(self) -> Iterator[None]:
-        """Make the context current on this thread, if it is not."""
-        driver = api()
-        now = driver.cuCtxGetCurrent()[1]
-        if int(now) == self._context:
-            yield
-            return
-        check(driver.cuCtxPushCurrent(self.context))
-        try:
-            yield
-        finally:
-            check(driver.cuCtxPopCurrent())
+    def current(self) -> _Current:
+        """Return what makes the context current on this thread for a while, if it is not."""
+        return _Current(self.context, self._context)
 
     def function(self, key: Any, compiled: Any, shared: int = 0) -> Function:
         """Return a kernel loaded on this device; ``compiled()`` is asked for it once."""
@@ -122,6 +110,27 @@ class Device:
                 if function is None:
                     function = self._functions[key] = Function(code, shared)
         return function
+
+
+class _Current:
+    """Makes a context current while it is entered."""
+
+    __slots__ = ("_address", "_context", "_pushed")
+
+    def __init__(self, context: Any, address: int) -> None:
+        self._context, self._address = context, address
+        self._pushed = False
+
+    def __enter__(self) -> None:
+        now = ctypes.c_void_p()
+        library().cuCtxGetCurrent(ctypes.byref(now))
+        if now.value != self._address:
+            check(api().cuCtxPushCurrent(self._context))
+            self._pushed = True
+
+    def __exit__(self, *raised: object) -> None:
+        if self._pushed:
+            check(api().cuCtxPopCurrent())
 
 
 @functools.cache
@@ -148,7 +157,7 @@ class Function:
     ) -> None:
         """Start the kernel; its parameters are copied before this returns."""
         config = words.configured(grid, block, self.shared, stream)
-        error = _launcher()(config, self._address, words.pointers, None)
+        error = library().cuLaunchKernelEx(config, self._address, words.pointers, None)
         if error:
             check((api().CUresult(error),))
 

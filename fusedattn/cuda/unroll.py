@@ -127,7 +127,7 @@ class _Unroller(ast.NodeTransformer):
         """Return what a name stands for, if that is a piece."""
         if name in self._inner:
             return copy.deepcopy(self._inner[name])
-        function = self._space.get(name)
+        function: Any = self._space.get(name)
         if not getattr(function, "inlined", False):
             return None
         for free, value in _names(function).items():
