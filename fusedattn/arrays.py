@@ -84,12 +84,14 @@ def on_gpu(array: object) -> bool:
 
 
 def _library(array: object) -> str:
-    return _library_of(type(array))
+    kind: Any = type(array)
+    return _library_of(kind)
 
 
 @functools.cache
-def _library_of(kind: type) -> str:
-    return kind.__module__.partition(".")[0]
+def _library_of(kind: Any) -> str:
+    module: str = kind.__module__
+    return module.partition(".")[0]
 
 
 def view(name: str, array: Any, stream: int) -> View:
