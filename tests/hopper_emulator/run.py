@@ -1,0 +1,135 @@
+"""Launches the Hopper kernel on a problem, in the emulator."""
+
+import functools
+import math
+import zlib
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+
+from fusedattn.cuda import hopper, tensor_cores
+from fusedattn.cuda.unroll import unroll
+from fusedattn.problem import Result, make_problem
+from hopper_emulator.instructions import signed
+from hopper_emulator.machine import WARPGROUP, Fault, Machine
+from hopper_emulator.matrix import POISON, Warpgroup
+from hopper_emulator.memory import SHARED_BASE, Global, Shared
+from hopper_emulator.programs import compiled
+
+# As many multiprocessors share out the tiles of a problem.
+MULTIPROCESSORS = 2
+
+
+class _Cuda:
+    """What a kernel finds under ``cuda``."""
+
+    def __init__(self, tools):
+        self._tools = tools
+        self.local = SimpleNamespace(array=lambda length, kind: [POISON] * length)
+
+    threadIdx = property(lambda self: SimpleNamespace(x=self._tools.machine.current.index))
+    blockIdx = property(lambda self: SimpleNamespace(x=self._tools.machine.block))
+    gridDim = property(lambda self: SimpleNamespace(x=self._tools.machine.grid))
+
+    def syncthreads(self):
+        """Wait for all threads of the block."""
+        machine = self._tools.machine
+        machine.meet("syncthreads", len(machine.threads))
+
+
+class Emulator:
+    """A toolchain (`fusedattn.cuda.toolchains.Toolchain`) whose kernels run in the emulator."""
+
+    name = "hopper-emulator"
+
+    def __init__(self):
+        self.cuda = _Cuda(self)
+        self.types = SimpleNamespace(
+            int32=lambda x: signed(int(x)),
+            int64=lambda x: signed(int(x), 64),
+            uint64=lambda x: int(x) % 2**64,
+            float32=np.float32,
+        )
+        self.machine = self.shared = self.memory = self.warpgroups = None
+
+    def device(self, function, **uses):
+        """Return the function: threads call it as it is."""
+        return function
+
+    def asm(self, op):
+        """Return what interprets inline PTX."""
+        return compiled(op, self)
+
+    def special(self, name):
+        """Value of a register that can only be read."""
+        if name == "reserved_smem_offset_end":
+            return SHARED_BASE
+        raise Fault(f"the emulator knows no register %{name}")
+
+    def launch(self, kernel, grid, config, memory, arguments, seed):
+        """Run the blocks of a grid, one after the other."""
+        self.memory = memory
+        for block in range(grid):
+            self.machine = Machine(config.threads, block, grid, (seed * grid + block) % 2**32)
+            self.shared = Shared(self.machine, config.shared, memory)
+            self.warpgroups = [
+                Warpgroup(self.machine, self.shared, number)
+                for number in range(config.threads // WARPGROUP)
+            ]
+            self.machine.run(kernel, arguments)
+
+
+@functools.cache
+def kernel_for(config):
+    """Return a toolchain and the kernel it made, as `compiler.build` makes it."""
+    tools = Emulator()
+    return tools, unroll(hopper.make(tools, config), tools.types.uint64)
+
+
+def small(config):
+    """Return the same with tiles as small as they get: threads are dear here, keys are too."""
+    return config._replace(warpgroups=2, block_k=32)
+
+
+def forward(problem, *, tile=small, made=kernel_for, seed=None):
+    """Compute a problem that the Hopper kernel takes."""
+    held = {name: np.array(getattr(problem, name), order="C") for name in ("q", "k", "v")}
+    out = np.empty(problem.out_shape, problem.out_dtype)
+    out.view(np.uint8).fill(0xFF)
+    lse = np.full(problem.lse_shape, np.nan, np.float32)
+    problem = replace(problem, **held, out=out)
+    if out.size == 0:
+        return Result(out, lse)
+    reasons = tensor_cores.unsupported(problem)
+    assert not reasons, reasons
+    config = tile(tensor_cores.config_of(problem))
+    memory = Global()
+    addresses = {name: memory.add(name, array) for name, array in held.items()}
+    addresses |= {"out": memory.add("out", out)}
+    if problem.return_lse:
+        addresses["lse"] = memory.add("lse", lse)
+    items = tensor_cores.item_table(problem)
+    launch = tensor_cores.launch_of(problem, config, MULTIPROCESSORS)
+    # Maps lie in memory of their own on a GPU; here any address will do.
+    for index, (name, layout, rows) in enumerate(tensor_cores.maps_of(problem, config)):
+        sizes, strides = layout
+        memory.add_map(128 * (index + 1), addresses[name], sizes, strides, (hopper.PANEL, rows, 1, 1))
+    arguments = tensor_cores.arguments_of(128, addresses, memory.add("items", items), launch)
+    assert len(arguments) == len(hopper.PARAMETERS)
+    if seed is None:  # another one for each call, and the same in each run
+        seed = zlib.crc32(held["q"].tobytes() + held["k"].tobytes())
+    tools, kernel = made(config)
+    typed = [getattr(tools.types, kind)(value) for kind, value in zip(hopper.PARAMETERS, arguments, strict=True)]
+    tools.launch(kernel, launch.grid[0], config, memory, typed, seed)
+    return Result(out, lse if problem.return_lse else None)
+
+
+def attention(q, k, v, *, out=None, tile=small, made=kernel_for, seed=None, **options):
+    """`fusedattn.attention` by the Hopper kernel in the emulator."""
+    problem = make_problem(q, k, v, out=out, **options)
+    result = forward(problem, tile=tile, made=made, seed=seed)
+    if problem.out is not None:
+        problem.out[...] = result.out
+    written = problem.restore(result.out) if out is None else out
+    return written if result.lse is None else (written, result.lse)
