@@ -7,6 +7,7 @@ run far ahead of the others, and a load or a product be done at once or as late 
 a deadlock, and says so.
 """
 
+import _thread
 import random
 import threading
 from collections import Counter, deque
@@ -75,7 +76,9 @@ class Machine:
         self.warps = [Agent(unit=False) for _ in range(-(-threads // WARP))]
         self._agents = list(self.warps)
         self._random = random.Random(seed)
-        self._alive = threads
+        self._alive = self._running = threads
+        self._counting, self._over = threading.Lock(), threading.Lock()
+        self._over.acquire()
         self._failure = None
         self._meetings = {}
         # setmaxnreg: what each thread begins with, in eights, and what is left of the rest.
@@ -98,18 +101,14 @@ class Machine:
         self._random.shuffle(self._agents)
         before = threading.stack_size(_STACK_BYTES)
         try:
-            workers = [
-                threading.Thread(target=self._live, args=(thread, kernel, arguments))
-                for thread in self.threads
-            ]
-            for thread, worker in zip(self.threads, workers, strict=True):
-                worker.start()
+            for thread in self.threads:
+                # threading.Thread would wait for each to have begun.
+                _thread.start_new_thread(self._live, (thread, kernel, arguments))
                 self.warps[thread.warp].work.append(thread)
         finally:
             threading.stack_size(before)
         self._choose().gate.release()
-        for worker in workers:
-            worker.join()
+        self._over.acquire()
         if self._failure is not None:
             raise self._failure
         if any(agent.work for agent in self._agents):
@@ -138,6 +137,10 @@ class Machine:
                     other.gate.release()
         finally:
             thread.ended = True
+            with self._counting:
+                self._running -= 1
+                if not self._running:
+                    self._over.release()
 
     def _choose(self):
         """Let units work that come first, and return the thread that runs next."""

@@ -1,7 +1,7 @@
 """Launches the Hopper kernel on a problem, in the emulator."""
 
 import functools
-import math
+import threading
 import zlib
 from dataclasses import replace
 from types import SimpleNamespace
@@ -19,6 +19,8 @@ from hopper_emulator.programs import compiled
 
 # As many multiprocessors share out the tiles of a problem.
 MULTIPROCESSORS = 2
+# What the backend refuses before it looks for a kernel.
+_REFUSED = ("score_mod", "block_mask")
 
 
 class _Cuda:
@@ -51,6 +53,7 @@ class Emulator:
             uint64=lambda x: int(x) % 2**64,
             float32=np.float32,
         )
+        self._lock = threading.Lock()
         self.machine = self.shared = self.memory = self.warpgroups = None
 
     def device(self, function, **uses):
@@ -68,16 +71,17 @@ class Emulator:
         raise Fault(f"the emulator knows no register %{name}")
 
     def launch(self, kernel, grid, config, memory, arguments, seed):
-        """Run the blocks of a grid, one after the other."""
-        self.memory = memory
-        for block in range(grid):
-            self.machine = Machine(config.threads, block, grid, (seed * grid + block) % 2**32)
-            self.shared = Shared(self.machine, config.shared, memory)
-            self.warpgroups = [
-                Warpgroup(self.machine, self.shared, number)
-                for number in range(config.threads // WARPGROUP)
-            ]
-            self.machine.run(kernel, arguments)
+        """Run the blocks of a grid, one after the other; other launches have to wait."""
+        with self._lock:
+            self.memory = memory
+            for block in range(grid):
+                self.machine = Machine(config.threads, block, grid, seed * grid + block)
+                self.shared = Shared(self.machine, config.shared, memory)
+                self.warpgroups = [
+                    Warpgroup(self.machine, self.shared, number)
+                    for number in range(config.threads // WARPGROUP)
+                ]
+                self.machine.run(kernel, arguments)
 
 
 @functools.cache
@@ -99,10 +103,11 @@ def forward(problem, *, tile=small, made=kernel_for, seed=None):
     out.view(np.uint8).fill(0xFF)
     lse = np.full(problem.lse_shape, np.nan, np.float32)
     problem = replace(problem, **held, out=out)
-    if out.size == 0:
+    refused = [f"no {name}" for name in _REFUSED if getattr(problem, name) is not None]
+    if out.size == 0 and not refused:
         return Result(out, lse)
-    reasons = tensor_cores.unsupported(problem)
-    assert not reasons, reasons
+    if reasons := refused + tensor_cores.unsupported(problem):
+        raise NotImplementedError("; ".join(reasons))
     config = tile(tensor_cores.config_of(problem))
     memory = Global()
     addresses = {name: memory.add(name, array) for name, array in held.items()}
