@@ -206,7 +206,7 @@ class Machine:
             self.wake(meeting.waiting)
             self.give_way()
         else:
-            self.sleep(meeting.waiting, f"{count - len(meeting.values)} more at {key}")
+            self.sleep(meeting.waiting, f"others at {key}")
         return meeting.values
 
     def set_registers(self, count):

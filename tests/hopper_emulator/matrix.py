@@ -77,9 +77,7 @@ def places(descriptor, rows, transposed):
     """Where the 16-bit elements of a matrix of `rows` x 16 lie, as indices of shared memory."""
     if descriptor >> 62 != 1 or descriptor >> 49 & 7:
         raise Fault("only descriptors with a swizzle of 128 bytes and no base offset are emulated")
-    start, leading, stride = (
-        (descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32)
-    )
+    start, leading, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
     row, column = np.arange(rows)[:, None], np.arange(16)
     if transposed:
         offsets = row // 64 * leading + row % 64 * 2 + column // 8 * stride + column % 8 * 128

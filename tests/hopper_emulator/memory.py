@@ -47,7 +47,9 @@ class Global:
             for low, high, name, _ in self._spans
             if low - 4096 <= address < high + 4096
         ]
-        raise Fault(f"{size} bytes at {address:#x} lie in no array ({', '.join(near) or 'far off'})")
+        raise Fault(
+            f"{size} bytes at {address:#x} lie in no array ({', '.join(near) or 'far off'})"
+        )
 
     def add_map(self, at, address, sizes, strides, box):
         """Register a map of 16-bit elements, axes from the innermost, strides in bytes."""

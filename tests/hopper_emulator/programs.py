@@ -11,7 +11,9 @@ from hopper_emulator.instructions import Call, find
 from hopper_emulator.machine import Fault
 from hopper_emulator.matrix import Registers
 
-_STATEMENT = re.compile(r"(?:@(?P<not>!?)(?P<guard>\w+)\s+)?(?P<name>[\w.:]+)\s*(?P<operands>.*)", re.S)
+_STATEMENT = re.compile(
+    r"(?:@(?P<not>!?)(?P<guard>\w+)\s+)?(?P<name>[\w.:]+)\s*(?P<operands>.*)", re.S
+)
 _LABEL = re.compile(r"\s*([A-Za-z_]\w*):(?!:)")
 
 

@@ -119,13 +119,18 @@ def forward(problem, *, tile=small, made=kernel_for, seed=None):
     # Maps lie in memory of their own on a GPU; here any address will do.
     for index, (name, layout, rows) in enumerate(tensor_cores.maps_of(problem, config)):
         sizes, strides = layout
-        memory.add_map(128 * (index + 1), addresses[name], sizes, strides, (hopper.PANEL, rows, 1, 1))
+        memory.add_map(
+            128 * (index + 1), addresses[name], sizes, strides, (hopper.PANEL, rows, 1, 1)
+        )
     arguments = tensor_cores.arguments_of(128, addresses, memory.add("items", items), launch)
     assert len(arguments) == len(hopper.PARAMETERS)
     if seed is None:  # another one for each call, and the same in each run
         seed = zlib.crc32(held["q"].tobytes() + held["k"].tobytes())
     tools, kernel = made(config)
-    typed = [getattr(tools.types, kind)(value) for kind, value in zip(hopper.PARAMETERS, arguments, strict=True)]
+    typed = [
+        getattr(tools.types, kind)(value)
+        for kind, value in zip(hopper.PARAMETERS, arguments, strict=True)
+    ]
     tools.launch(kernel, launch.grid[0], config, memory, typed, seed)
     return Result(out, lse if problem.return_lse else None)
 
