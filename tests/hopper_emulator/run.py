@@ -10,6 +10,7 @@ import numpy as np
 
 from fusedattn.cuda import hopper, tensor_cores
 from fusedattn.cuda.unroll import unroll
+from fusedattn.merge import merge
 from fusedattn.problem import Result, make_problem
 from hopper_emulator.instructions import signed
 from hopper_emulator.machine import WARPGROUP, Fault, Machine
@@ -93,46 +94,61 @@ def kernel_for(config):
 
 def small(config):
     """Return the same with tiles as small as they get: threads are dear here, keys are too."""
-    return config._replace(warpgroups=2, block_k=32)
+    split_keys = 64 if config.split_keys else 0
+    return config._replace(warpgroups=min(config.warpgroups, 2), block_k=32, split_keys=split_keys)
 
 
 def forward(problem, *, tile=small, made=kernel_for, seed=None):
     """Compute a problem that the Hopper kernel takes."""
     held = {name: np.array(getattr(problem, name), order="C") for name in ("q", "k", "v")}
-    out = np.empty(problem.out_shape, problem.out_dtype)
-    out.view(np.uint8).fill(0xFF)
-    lse = np.full(problem.lse_shape, np.nan, np.float32)
-    problem = replace(problem, **held, out=out)
+    problem = replace(problem, **held, out=np.empty(problem.out_shape, problem.out_dtype))
     refused = [f"no {name}" for name in _REFUSED if getattr(problem, name) is not None]
-    if out.size == 0 and not refused:
-        return Result(out, lse)
+    if problem.out.size == 0 and not refused:
+        return Result(problem.out, np.empty(problem.lse_shape, np.float32))
     if reasons := refused + tensor_cores.unsupported(problem):
         raise NotImplementedError("; ".join(reasons))
     config = tile(tensor_cores.config_of(problem))
-    memory = Global()
-    addresses = {name: memory.add(name, array) for name, array in held.items()}
-    addresses |= {"out": memory.add("out", out)}
-    if problem.return_lse:
-        addresses["lse"] = memory.add("lse", lse)
-    items = tensor_cores.item_table(problem)
     launch = tensor_cores.launch_of(problem, config, MULTIPROCESSORS)
-    # Maps lie in memory of their own on a GPU; here any address will do.
-    for index, (name, layout, rows) in enumerate(tensor_cores.maps_of(problem, config)):
-        sizes, strides = layout
-        memory.add_map(
-            128 * (index + 1), addresses[name], sizes, strides, (hopper.PANEL, rows, 1, 1)
+    if launch.splits > 1 and config.out_storage != "float32":
+        return forward(
+            problem, tile=lambda _: config._replace(out_storage="float32"), made=made, seed=seed
         )
-    arguments = tensor_cores.arguments_of(128, addresses, memory.add("items", items), launch)
-    assert len(arguments) == len(hopper.PARAMETERS)
+    # Partial results lie one split after the other.
+    splits = (launch.splits,) if launch.splits > 1 else ()
+    out = np.empty((*splits, *problem.out_shape), "float32" if splits else problem.out_dtype)
+    lse = np.empty((*splits, *problem.lse_shape), np.float32)
+    for array in (out, lse):
+        array.view(np.uint8).fill(0xFF)
     if seed is None:  # another one for each call, and the same in each run
         seed = zlib.crc32(held["q"].tobytes() + held["k"].tobytes())
-    tools, kernel = made(config)
+    _launch(problem, held, out, lse, launch, made, seed)
+    if splits:
+        out, lse = merge(*zip(out, lse, strict=True))
+    return Result(out.astype(problem.out_dtype), lse if problem.return_lse else None)
+
+
+def _launch(problem, held, out, lse, launch, made, seed):
+    """Run the kernel on arrays that are registered with the emulator, and nothing beside them."""
+    memory = Global()
+    # Maps lie in memory of their own on a GPU; here any address will do.
+    boxes = tensor_cores.boxes_of(problem, launch.config)
+    for index, (array, box) in enumerate(zip(held.values(), boxes, strict=True)):
+        address = memory.add(f"operand {index}", array)
+        shape = (hopper.PANEL, box.rows, box.heads, 1)
+        memory.add_map(128 * (index + 1), address, box.sizes, box.strides, shape)
+    asked = problem.return_lse or launch.splits > 1
+    arguments = launch.arguments(
+        128,
+        memory.add("out", out),
+        memory.add("lse", lse) if asked else 0,
+        memory.add("items", tensor_cores.item_table(problem, launch)),
+    )
+    tools, kernel = made(launch.config)
     typed = [
         getattr(tools.types, kind)(value)
         for kind, value in zip(hopper.PARAMETERS, arguments, strict=True)
     ]
-    tools.launch(kernel, launch.grid[0], config, memory, typed, seed)
-    return Result(out, lse if problem.return_lse else None)
+    tools.launch(kernel, launch.grid, launch.config, memory, typed, seed)
 
 
 def attention(q, k, v, *, out=None, tile=small, made=kernel_for, seed=None, **options):
