@@ -227,7 +227,8 @@ def _barrier(call, number, threads):
 def _set_registers(call, count):
     more = {"inc": True, "dec": False}[call.rest[0]]
     me = call.machine.current
-    if count % 8 or not 24 <= count <= 256 or (count > me.registers) != more:
+    less, more = (me.registers, 256) if more else (24, me.registers)
+    if count % 8 or not less <= count <= more:
         raise Fault(f"setmaxnreg.{call.rest[0]} from {me.registers} to {count} registers")
     call.machine.set_registers(count)
     # Of all warps of a warpgroup; one that stays away is missed.

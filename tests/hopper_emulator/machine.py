@@ -18,6 +18,8 @@ WARP = 32
 WARPGROUP = 128
 # Registers that the threads of a block share.
 REGISTERS = 65536
+# What the assembler gives a thread at most where setmaxnreg is used.
+MOST_REGISTERS = 240
 # How often, when the next to run is chosen, somebody's priority changes first.
 _CHANGE = 1 / 40
 # 384 stacks of the default size may be more than a process may have.
@@ -82,7 +84,7 @@ class Machine:
         self._failure = None
         self._meetings = {}
         # setmaxnreg: what each thread begins with, in eights, and what is left of the rest.
-        share = REGISTERS // threads // 8 * 8
+        share = min(REGISTERS // threads // 8 * 8, MOST_REGISTERS)
         self.free_registers = 0
         self.registers_waiting = []
         for thread in self.threads:
