@@ -198,14 +198,17 @@ class Launch(NamedTuple):
     out_item: int  # bytes of a batch item of a partial result
     numbers: tuple[int | float, ...]
 
+    def arguments(self, maps: int, out: int, lse: int, items: int) -> tuple[int | float, ...]:
+        """Return the kernel's arguments, given where all that it is given lies; no lse: 0."""
+        return (maps, maps + 128, maps + 256, out, lse, items, *self.numbers)
 
-def launch_of(problem: AttentionProblem, multiprocessors: int) -> Launch:
+
+def launch_of(problem: AttentionProblem, config: hopper.Config, multiprocessors: int) -> Launch:
     """Return how a problem is shared out."""
-    config = config_of(problem)
     together = unit_heads(problem, config.block_q) if config.packed else 1
     units = problem.batch_size * problem.num_heads // together
     row_blocks = 1 if config.packed else -(-problem.seqlen_q // config.block_q)
-    splits = -(-problem.seqlen_k // SPLIT_KEYS) if config.split_keys else 1
+    splits = -(-problem.seqlen_k // config.split_keys) if config.split_keys else 1
     abreast = units
     if not config.packed:
         head_bytes = problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * 2
@@ -236,7 +239,7 @@ class Prepared:
     """A launch on one GPU, for any number of calls that differ in addresses only."""
 
     def __init__(self, problem: AttentionProblem, where: driver.Device) -> None:
-        launch = launch_of(problem, where.multiprocessors)
+        launch = launch_of(problem, config_of(problem), where.multiprocessors)
         self.where, self._launch = where, launch
         kernel = kernel_of(launch.config)
         self._function = where.function(
@@ -255,11 +258,9 @@ class Prepared:
         words = getattr(self._local, "words", None)
         if words is None:
             words = self._local.words = driver.Words(hopper.FORMATS)
-        base, launch = maps.address, self._launch
-        words.fill(
-            *(base, base + 128, base + 256, addresses["out"], addresses.get("lse", 0)),
-            *(self._items.address, *launch.numbers),
-        )
+        launch = self._launch
+        out, lse = addresses["out"], addresses.get("lse", 0)
+        words.fill(*launch.arguments(maps.address, out, lse, self._items.address))
         self._function.launch((launch.grid, 1, 1), (launch.config.threads, 1), stream, words)
 
     def _make_maps(self, key: tuple[int, int, int]) -> driver.Memory:

@@ -1,0 +1,80 @@
+"""The Hopper kernel keeps the laws, in an emulator of its PTX; no GPU needed."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from cpu_backend import assert_same_bits
+from hopper_emulator import run
+from hypothesis import settings
+
+import fusedattn
+from fusedattn.cuda import tensor_cores
+from fusedattn.testing import EVERYTHING
+from fusedattn.testing.suite import make_suite
+
+FEATURES = {"mask", "bias", "alibi_slopes", "softcap", "sinks", "dropout_p", "seed"}
+OTHERS = {"full_range", "score_mod", "score_mod_aux", "block_mask", "hidden_nan"}
+# What TestHopper in test_cuda_gpu.py promises of the kernel on a GPU.
+PROMISES = (EVERYTHING - OTHERS - FEATURES) | {"half_weights"}
+EXAMPLES = max(1, settings().max_examples // 60)
+
+
+def small(problem):
+    held = {name: np.array(getattr(problem, name), order="C") for name in ("q", "k", "v")}
+    reasons = tensor_cores.unsupported(replace(problem, **held, out=None))
+    rows = problem.batch_size * problem.num_heads * -(-problem.seqlen_q // 128)
+    if rows > 8 or rows * problem.seqlen_k > 600 or problem.head_dim > 128:
+        reasons.append("takes too long in the emulator")
+    return "; ".join(reasons) or None
+
+
+TestHopper = make_suite(
+    run.attention,
+    supports=PROMISES,
+    dtypes=("bfloat16", "float16"),
+    bitwise=True,
+    domain=small,
+    max_examples=EXAMPLES,
+)
+
+
+def operands(rows, keys, dim=64, dim_v=64, dtype=np.float16, heads=1, group=1):
+    random = np.random.default_rng(7)
+    shapes = (heads * group, rows, dim), (heads, keys, dim), (heads, keys, dim_v)
+    return [random.standard_normal(shape).astype(dtype) for shape in shapes]
+
+
+def assert_right(arrays, *, emulator, **options):
+    options |= {"return_lse": True}
+    out, lse = run.attention(*arrays, **emulator, **options)
+    expected = fusedattn.attention(*arrays, backend="reference", **options)
+    np.testing.assert_allclose(out, expected[0], atol=4e-3)
+    np.testing.assert_allclose(lse, expected[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_tiles_of_a_gpu_are_right_as_well(causal):
+    assert_right(operands(70, 300), causal=causal, emulator={"tile": lambda config: config})
+
+
+# The heads of a group in one tile; their keys in splits; tiles of one head, some without a key.
+@pytest.mark.parametrize(("rows", "keys", "group"), [(30, 100, 3), (5, 150, 4), (150, 20, 2)])
+def test_rows_and_keys_are_shared_out_right(rows, keys, group):
+    assert_right(operands(rows, keys, heads=2, group=group), emulator={}, causal=True)
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("dims", [(128, 128), (192, 128), (256, 256)])
+def test_all_tiles_of_a_gpu_are_right(dims):
+    assert_right(
+        operands(300, 400, *dims, heads=2), causal=True, emulator={"tile": lambda config: config}
+    )
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("seed", range(40))
+def test_who_comes_first_does_not_matter(seed):
+    arrays = operands(140, 170)
+    first = run.attention(*arrays, causal=True, return_lse=True, seed=0)
+    assert_same_bits(run.attention(*arrays, causal=True, return_lse=True, seed=seed), first)
