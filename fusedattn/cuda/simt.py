@@ -49,6 +49,7 @@ class Config(NamedTuple):
     columns_each: int
     dims: int  # head dims staged at a time
     keys_staged: int  # keys whose values are staged at a time
+    split: int = 0  # keys of a split, a multiple of block_k; 0 where keys are not shared out
 
     @property
     def block_q(self) -> int:
@@ -101,7 +102,7 @@ def make(tools: Any, config: Config) -> Any:
 
     has_bias, has_mask, has_dropout = config.bias is not None, config.mask, config.dropout
     has_softcap, has_slopes = config.softcap, config.slopes is not None
-    has_sinks = config.sinks is not None
+    has_sinks, has_splits, SPLIT = config.sinks is not None, config.split > 0, config.split
     plain = not (has_bias or has_mask or has_dropout)
     COLUMNS, THREADS = config.columns, config.threads
     MQ, NK, NV = config.rows_each, config.keys_each, config.columns_each
@@ -149,12 +150,15 @@ def make(tools: Any, config: Config) -> Any:
         thread = ty * COLUMNS + tx
 
         # Which tile: blocks of rows from the last, which under a causal mask has the most to do;
-        # within one, the heads of a KV group side by side.
+        # within one, the heads of a KV group side by side; splits of the keys one after another.
         heads_here, seqlen_q, seqlen_k = words[HEADS_HERE], words[SEQLEN_Q], words[SEQLEN_K]
         groups = words[NUM_HEADS] // heads_here
         abreast = (words.shape[0] - HEADER) // ITEM_SIZE * groups
         group_index = int64(cuda.blockIdx.x) % abreast
-        first = (words[ROW_BLOCKS] - 1 - int64(cuda.blockIdx.x) // abreast) * BLOCK_Q
+        turn, split = int64(cuda.blockIdx.x) // abreast, int64(0)
+        if has_splits:
+            turn, split = turn % words[ROW_BLOCKS], turn // words[ROW_BLOCKS]
+        first = (words[ROW_BLOCKS] - 1 - turn) * BLOCK_Q
         batch, head_lo = group_index // groups, group_index % groups * heads_here
         column_lo = int64(cuda.blockIdx.y) * BLOCK_V
         item = HEADER + batch * ITEM_SIZE
@@ -184,8 +188,8 @@ def make(tools: Any, config: Config) -> Any:
             if has_slopes:
                 slope = load_slope(slopes, words[item + SLOPES_AT] + head * words[SLOPES_HEAD])
             if has_sinks:
-                if query < used_q:
-                    # A key without a value; one thread of the row counts it.
+                if query < used_q and split == 0:
+                    # A key without a value; one thread of the row counts it, in one split.
                     row_max = load_sink(sinks, words[item + SINKS_AT] + head * words[SINKS_HEAD])
                     if my_part == 0:
                         row_sum = real(1)
@@ -196,6 +200,9 @@ def make(tools: Any, config: Config) -> Any:
                 out_places[my_row] = (
                     words[item + OUT_AT] + head * words[OUT] + query * words[OUT + 1]
                 )
+                if has_splits:
+                    place = split * abreast * heads_here + batch * words[NUM_HEADS] + head
+                    out_places[my_row] = (place * seqlen_q + query) * head_dim_v
 
         scores = cuda.local.array(SCORES, real)
         acc = cuda.local.array(OUTPUTS, real)
@@ -209,6 +216,8 @@ def make(tools: Any, config: Config) -> Any:
             query_lo, query_hi = int64(0), seqlen_q
         key_lo, key_hi = block_interval(query_lo, query_hi, k_from, k_to, used_q, used_k)
         all_lo, all_hi = common_interval(query_lo, query_hi, k_from, k_to, used_q, used_k)
+        if has_splits:
+            key_lo, key_hi = max(key_lo, split * SPLIT), min(key_hi, (split + 1) * SPLIT)
         key_lo = key_lo // BLOCK_K * BLOCK_K
         while key_lo < key_hi:
             clean = plain and all_lo <= key_lo and key_lo + BLOCK_K <= all_hi
@@ -351,11 +360,15 @@ def make(tools: Any, config: Config) -> Any:
             total = real(0)
             for part in range(PARTS):
                 total += stage[part * BLOCK_Q + my_row]
-            if words[RETURN_LSE] != 0 and column_lo == 0 and query < seqlen_q:
+            writes_lse = words[RETURN_LSE] != 0
+            if has_splits:
+                writes_lse = True  # it is the weight of the split
+            if writes_lse and column_lo == 0 and query < seqlen_q:
                 x = real(NO_KEY)
                 if not total == real(0):
                     x = row_max + real(log(total))
-                lse[(batch * words[NUM_HEADS] + head) * seqlen_q + query] = x
+                place = split * abreast * heads_here + batch * words[NUM_HEADS] + head
+                lse[place * seqlen_q + query] = x
             factor = real(1)
             if not total == real(0):
                 factor = real(1) / total
