@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fusedattn.cuda import combine, compiler, driver, simt
+from fusedattn.cuda import combine, compiler, driver, simt, user
 from fusedattn.cuda.launch import Argument, Launch
 from fusedattn.cuda.params import (
     HEADER,
@@ -30,6 +30,8 @@ Array = NDArray[Any]
 # The simulator swaps a global module for the length of a launch.
 _one_at_a_time = threading.Lock()
 
+Tile = tuple[int, int, int, int, int, int, int]
+
 # Threads along rows and columns; rows, keys and columns of each; head dims and keys staged.
 _MANY = (16, 16, 8, 4, 8, 16, 16)
 _NARROW = (16, 16, 8, 4, 4, 16, 16)
@@ -41,7 +43,7 @@ _SIMULATED_SPLIT = 16  # keys
 OPERANDS = ("q", "k", "v", "out", "lse", "mask", "bias", "slopes", "sinks")
 
 
-def tile_of(problem: AttentionProblem) -> tuple[int, ...]:
+def tile_of(problem: AttentionProblem) -> Tile:
     """Return the shape of the tile: decided by lengths, dims and dtype alone."""
     rows = heads_per_item(problem) * problem.seqlen_q
     if problem.dtype == np.float64:
@@ -51,9 +53,7 @@ def tile_of(problem: AttentionProblem) -> tuple[int, ...]:
     return _NARROW if problem.head_dim_v <= 64 else _MANY
 
 
-def config_of(
-    problem: AttentionProblem, tile: tuple[int, ...], split: int = SPLIT_KEYS
-) -> simt.Config:
+def config_of(problem: AttentionProblem, tile: Tile, split: int = SPLIT_KEYS) -> simt.Config:
     """Return what the kernel for a problem is compiled for; `split` is 0 where no split may be."""
 
     def name(array: Array | None) -> str | None:
@@ -71,7 +71,7 @@ def config_of(
         problem.dropout_p > 0.0,
         *tile,
     )
-    return config._replace(split=split if is_cut else 0)
+    return config._replace(split=split if is_cut else 0, functions=user.functions_of(problem))
 
 
 def splits_of(problem: AttentionProblem, config: simt.Config) -> int:
@@ -144,14 +144,20 @@ def simulate(problem: AttentionProblem, operands: dict[str, Array | None]) -> No
     }
     given["words"] = word_table(problem, spans, config.block_q, lengths_of(problem))
     given["reals"] = real_table(problem)
+    extra: dict[str, Any] = {}
+    if config.functions is not None:
+        given["kinds"] = user.kind_table(problem.block_mask)
+        given["tables"] = user.word_table(config.functions, problem.block_mask)
+        tables = user.host_tables(config.functions, problem.accumulator)
+        extra = {f"aux_{i}": table for i, table in enumerate(tables)}
     out, lse = given["out"], given["lse"]
     if config.split:
         sizes = combine.scratch_bytes(problem, splits)
         scratch = np.full(sum(sizes), 0xFF, np.uint8).view(problem.accumulator)  # NaN
         given["out"], given["lse"] = np.split(scratch, [sizes[0] // scratch.itemsize])
     arguments = [
-        given.get(name, np.zeros(1, compiler.ELEMENT[kind[1:-1]]))
-        for name, kind in zip(simt.PARAMETERS, simt.parameters(config), strict=True)
+        extra[name] if name in extra else given.get(name, np.zeros(1, compiler.ELEMENT[kind[1:-1]]))
+        for name, kind in zip(simt.names(config), simt.parameters(config), strict=True)
     ]
     with _one_at_a_time, tools.awake():
         kernel = tools.cuda.jit(tools.quiet(simt.make(tools, config)))
@@ -196,13 +202,19 @@ class Prepared:
             self._combine = combine.Prepared(problem, spans["out"], splits, where)
             for name, size in zip(("out", "lse"), self._combine.sizes, strict=True):
                 known[name] = Argument(name, 0, size // real, real)
-        arguments = [known.get(name, Argument(name)) for name in simt.PARAMETERS]
+        self._functions: user.Operands | None = None
+        if config.functions is not None:
+            self._functions = user.Operands(config.functions, problem.block_mask, where)
+            known |= {one.name: one for one in self._functions.arguments}
+        arguments = [known.get(name, Argument(name)) for name in simt.names(config)]
         grid, block = grid_of(problem, config), (config.columns, config.rows)
         self._launch = Launch(kernel_of(config), where, grid, block, arguments)
 
     def run(self, addresses: dict[str, int], stream: int) -> None:
         """Start the kernel on arrays at these addresses; its context is current."""
         known = {**addresses, "words": self._words.address, "reals": self._reals.address}
+        if self._functions is not None:
+            known |= self._functions.addresses(addresses)
         if self._combine is None:
             self._launch.run(known, stream)
             return
