@@ -13,6 +13,7 @@ from __future__ import annotations
 import builtins
 import inspect
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import CellType, CodeType, FunctionType, ModuleType
@@ -262,6 +263,22 @@ def _rebuilt(
         else:
             names[name] = value
     return copy
+
+
+def explained(function: UserFunction, error: Exception) -> str:
+    """Say what a compiler of Numba's kind could not compile, and where in the user's code."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    lines = [line.strip() for line in text.splitlines()]
+    code = function.function.__code__
+    place = re.findall(rf'File "{re.escape(code.co_filename)}", line (\d+)', text)
+    # Numba names files by their last part, too.
+    place = place or re.findall(r'File "[^"]+", line (\d+)', text)
+    noise = ("Failed in", "During:", "File ", "There are", "- ", "<source", "def ", "^", "This ")
+    lines = [line.removeprefix(">>> ") for line in lines]
+    told = [line for line in lines if line and not line.startswith(noise)][:2]
+    line = f", line {place[-1]}" if place else ""
+    source = f'{line[2:]} of "{code.co_filename}": ' if line else ""
+    return f"{function.place} cannot be compiled: {source}{' '.join(told)}"
 
 
 def _is_fixed(module: object) -> bool:

@@ -7,7 +7,7 @@ import json
 import re
 import sys
 
-from fusedattn.cuda import compiler, hopper, portable, simt, tensor_cores
+from fusedattn.cuda import combine, compiler, hopper, params, portable, simt, tensor_cores
 
 PLAIN = (None, None, None, False, False, False)
 ALL = ("float16", "float32", "bfloat16", True, True, True)
@@ -33,6 +33,11 @@ def kernels():
                 made[f"simt-{name}-{label}-{storage}"] = portable.kernel_of(config)
     config = simt.Config("float64", "float64", *ALL, *portable._DOUBLE)
     made["simt-double"] = portable.kernel_of(config)
+    config = simt.Config("bfloat16", "float32", *ALL, *portable._FEW, params.SPLIT_KEYS)
+    made["simt-split"] = portable.kernel_of(config)
+    for real, out_storage in (("float32", "bfloat16"), ("float64", "float64")):
+        config = combine.Config(real, out_storage, *combine._ON_GPU)
+        made[f"combine-{out_storage}"] = combine.kernel_of(config)
     return made
 
 

@@ -70,10 +70,12 @@ def test_kernels_for_few_queries_keep_everything_in_registers(compiler):
 
 @each_compiler
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90a"])
-def test_the_portable_kernel_keeps_everything_in_registers(compiler, chip):
-    report = compiled(compiler, chip, "simt-many-plain-float32")["simt-many-plain-float32"]
-    assert (report["stack"], report["spills"], report["warnings"]) == (0, 0, [])
-    assert report["registers"] <= 255
+def test_portable_kernels_keep_everything_in_registers(compiler, chip):
+    for name, report in compiled(
+        compiler, chip, "simt-many-plain-float32", "combine-bfloat16"
+    ).items():
+        assert (report["stack"], report["spills"], report["warnings"]) == (0, 0, []), name
+        assert report["registers"] <= 255
 
 
 @pytest.mark.deep
@@ -84,7 +86,8 @@ def test_other_portable_kernels_keep_everything_in_registers(compiler):
         for tile in ("many", "few")
         for storage in ("float32", "bfloat16")
     ]
-    for name, report in compiled(compiler, "sm_80", *names, "simt-double").items():
+    names += ["simt-double", "simt-split", "combine-float64"]
+    for name, report in compiled(compiler, "sm_80", *names).items():
         assert (report["stack"], report["spills"], report["warnings"]) == (0, 0, []), name
 
 

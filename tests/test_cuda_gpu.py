@@ -21,8 +21,9 @@ pytestmark = [
 ]
 
 EXAMPLES = settings().max_examples // 7
-PORTABLE = EVERYTHING - {"full_range", "score_mod", "score_mod_aux", "block_mask"}
+PORTABLE = EVERYTHING - {"full_range"}
 FEATURES = {"mask", "bias", "alibi_slopes", "softcap", "sinks", "dropout_p", "seed"}
+FEATURES |= {"score_mod", "score_mod_aux", "block_mask"}
 # The matrix unit multiplies 0 by a NaN that another row sees, and takes weights in a half type.
 HOPPER = (PORTABLE - FEATURES - {"hidden_nan"}) | {"half_weights"}
 

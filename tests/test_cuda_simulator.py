@@ -8,9 +8,8 @@ from fusedattn.testing import EVERYTHING
 from fusedattn.testing.suite import make_suite
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-# V up to the largest number would need the rescue of rows that the CPU has, and functions of the
-# user's a way into the kernels; the rest is promised.
-PROMISES = EVERYTHING - {"full_range", "score_mod", "score_mod_aux", "block_mask"}
+# V up to the largest number would need the rescue of rows that the CPU has; the rest is promised.
+PROMISES = EVERYTHING - {"full_range"}
 # The simulator takes a thousand times as long as a CPU.
 EXAMPLES = max(1, settings().max_examples // 60)
 

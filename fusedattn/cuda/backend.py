@@ -27,15 +27,12 @@ class Cuda:
     name = "cuda"
 
     def unsupported(self, problem: AttentionProblem) -> list[str]:
-        """What the kernels have no code for, and what is missing on this machine."""
-        names = ("score_mod", "block_mask")
-        reasons = [
-            f"no {name} on a GPU yet" for name in names if getattr(problem, name) is not None
-        ]
+        """What is missing on this machine; the kernels have code for everything."""
+        del problem
         missing = compiler.missing()
         if not missing and compiler.chosen_name() != SIMULATOR:
             missing = list(driver.missing())
-        return [*reasons, *missing]
+        return missing
 
     def unsupported_backward(self, problem: AttentionProblem) -> list[str]:
         """There are no gradients on a GPU yet."""
@@ -83,6 +80,9 @@ class Cuda:
             }
             # Whatever the strides were, the same kernel runs.
             held |= {name: np.array(getattr(problem, name), order="C") for name in ("q", "k", "v")}
+            if problem.score_mod is not None:
+                aux = tuple(compact(array) for array in problem.score_mod.aux)
+                held["score_mod"] = replace(problem.score_mod, aux=aux)
             made = np.empty(problem.out_shape, problem.out_dtype)
             dense = replace(problem, **held, out=made)
             if compiler.chosen_name() == SIMULATOR:
@@ -101,6 +101,8 @@ class Cuda:
                 if array is not None:
                     flat = portable.flat_of(array)
                     memories[_NAMES.get(name, name)] = driver.upload(where, flat)
+            for i, array in enumerate(problem.score_mod.aux if problem.score_mod else ()):
+                memories[f"score_mod_aux_{i}"] = driver.upload(where, portable.flat_of(array))
             memories["out"] = driver.Memory(where, out.nbytes)
             if problem.return_lse:
                 memories["lse"] = driver.Memory(where, lse.nbytes)
@@ -132,7 +134,12 @@ def not_tensor_cores(problem: AttentionProblem, where: driver.Device) -> list[st
     """Reasons why a problem does not take the Hopper kernel on a GPU."""
     if where.capability != (9, 0):
         return [f"compute capability {where.major}.{where.minor}, not 9.0"]
-    return tensor_cores.unsupported(problem)
+    reasons = [
+        f"{name} is not implemented in it"
+        for name in ("score_mod", "block_mask")
+        if getattr(problem, name) is not None
+    ]
+    return reasons + tensor_cores.unsupported(problem)
 
 
 CUDA = Cuda()

@@ -139,7 +139,8 @@ class Kernel(NamedTuple):
 def build(kernel: Kernel, chip: str, tools: Any = None, options: tuple[str, ...] = ()) -> Compiled:
     """Compile and link a kernel for a chip such as ``sm_90a``; needs no GPU."""
     tools = tools or toolchain()
-    function = unroll(kernel.make(tools, kernel.config), tools.types.uint64)
+    made = undisturbed(kernel.make, tools, kernel.config)
+    function = unroll(made, tools.types.uint64, len(kernel.parameters))
     code = undisturbed(tools.ltoir, function, kernel.signature(tools.types), chip, kernel.threads)
     cubin, log = _link(code, (f"-arch={chip}", "-lto", "-O3", "-Xptxas=-v", *options))
     return Compiled(cubin, entry_of(cubin), log)

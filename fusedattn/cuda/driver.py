@@ -20,6 +20,8 @@ from fusedattn.cuda.compiler import Compiled
 
 # Shared memory that a kernel gets without asking.
 STATIC_SHARED = 48 * 1024
+# Scratch memory that a GPU keeps for the next call: to map it anew costs more than a decode.
+_KEPT = 256 * 2**20
 
 
 @functools.cache
@@ -80,6 +82,9 @@ class Device:
         self.multiprocessors = self._attribute(attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
         self.context = check(driver.cuDevicePrimaryCtxRetain(self.handle))
         self._context = int(self.context)
+        # Without pools (some virtual GPUs) there is no scratch memory.
+        self.has_pools = bool(self._attribute(attribute.CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED))
+        self._pool: Any = None
         self._functions: dict[Any, Function] = {}
         self._lock = threading.Lock()
 
@@ -95,6 +100,26 @@ class Device:
     def chip(self) -> str:
         """Name of the chip for compilers; on Hopper with the instructions of that chip alone."""
         return f"sm_{self.major}{self.minor}" + ("a" if self.capability == (9, 0) else "")
+
+    @property
+    def pool(self) -> Any:
+        """The pool that scratch memory comes from; its context has to be current."""
+        if self._pool is None:
+            with self._lock:
+                if self._pool is None:
+                    self._pool = self._make_pool()
+        return self._pool
+
+    def _make_pool(self) -> Any:
+        driver = api()
+        asked = driver.CUmemPoolProps()
+        asked.allocType = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+        asked.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+        asked.location.id = self.ordinal
+        pool = check(driver.cuMemPoolCreate(asked))
+        threshold = driver.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD
+        check(driver.cuMemPoolSetAttribute(pool, threshold, driver.cuuint64_t(_KEPT)))
+        return pool
 
     def current(self) -> _Current:
         """Return what makes the context current on this thread for a while, if it is not."""
@@ -210,6 +235,19 @@ class Memory:
 def _free(where: Device, address: int) -> None:
     with contextlib.suppress(RuntimeError), where.current():
         check(api().cuMemFree(address))
+
+
+@contextlib.contextmanager
+def scratch(where: Device, size: int, stream: int) -> Iterator[int]:
+    """Lend memory to what is started on a stream meanwhile; the context is current.
+
+    It is taken and given back in the order of the stream, so two streams never share it.
+    """
+    address = int(check(api().cuMemAllocFromPoolAsync(max(1, size), where.pool, stream)))
+    try:
+        yield address
+    finally:
+        check(api().cuMemFreeAsync(address, stream))
 
 
 def upload(where: Device, array: NDArray[Any], stream: int = 0) -> Memory:

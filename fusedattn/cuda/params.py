@@ -19,7 +19,8 @@ Array = NDArray[Any]
 
 # Up to so many rows per head, the heads of a KV group are stacked into one tile of rows.
 SHARED_ROWS = 64
-# Up to so many queries the keys are split into runs of a fixed length, and partial results merged.
+# Up to so many queries, blocks of threads share out the keys of a row, so many to each. Every tile
+# of keys divides a split. The size is fixed and not the number, or bits would depend on neighbours.
 SPLIT_QUERIES = 16
 SPLIT_KEYS = 512
 
@@ -90,6 +91,15 @@ def real_table(problem: AttentionProblem) -> NDArray[Any]:
     return np.array(numbers, problem.accumulator)
 
 
+def item_offsets(span: Span, batch_shape: tuple[int, ...], axes: int) -> NDArray[np.int64]:
+    """Where each batch item of an operand begins; its last `axes` are no batch axes."""
+    offsets = np.full(1, span.offset, np.int64)
+    strides = span.strides[:-axes] or (0,) * len(batch_shape)
+    for n, stride in zip(batch_shape, strides, strict=True):
+        offsets = (offsets[:, None] + np.arange(n, dtype=np.int64) * stride).ravel()
+    return offsets
+
+
 def word_table(
     problem: AttentionProblem, spans: dict[str, Span], rows_per_block: int, lengths: Lengths
 ) -> NDArray[np.int64]:
@@ -111,11 +121,7 @@ def word_table(
         axes = ("head", "row", "last") if name in _OPERANDS else ("head",)
         for axis, stride in zip(axes, span.strides[-len(axes) :], strict=True):
             header[f"{name}_{axis}"] = stride
-        offsets = np.full(1, span.offset, np.int64)
-        batch_strides = span.strides[: -len(axes)] or (0,) * len(problem.batch_shape)
-        for n, stride in zip(problem.batch_shape, batch_strides, strict=True):
-            offsets = (offsets[:, None] + np.arange(n, dtype=np.int64) * stride).ravel()
-        items[:, ITEM[f"{name}_at"]] = offsets
+        items[:, ITEM[f"{name}_at"]] = item_offsets(span, problem.batch_shape, len(axes))
     for name, value in header.items():
         table[SLOT[name]] = value
     k_from, k_to = relative_bounds(problem.causal, problem.window_size, 0)

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fusedattn.cuda import compiler, driver, simt
+from fusedattn.cuda import combine, compiler, driver, simt, user
+from fusedattn.cuda.launch import Argument, Launch
 from fusedattn.cuda.params import (
     HEADER,
     ITEM_SIZE,
     REALS,
+    SPLIT_KEYS,
     Span,
     heads_per_item,
     real_table,
@@ -28,17 +30,20 @@ Array = NDArray[Any]
 # The simulator swaps a global module for the length of a launch.
 _one_at_a_time = threading.Lock()
 
+Tile = tuple[int, int, int, int, int, int, int]
+
 # Threads along rows and columns; rows, keys and columns of each; head dims and keys staged.
 _MANY = (16, 16, 8, 4, 8, 16, 16)
 _NARROW = (16, 16, 8, 4, 4, 16, 16)
 _FEW = (8, 16, 2, 4, 8, 16, 16)
 _DOUBLE = (16, 16, 4, 4, 4, 8, 8)
 _SIMULATED = (2, 4, 2, 2, 2, 4, 4)
+_SIMULATED_SPLIT = 16  # keys
 
 OPERANDS = ("q", "k", "v", "out", "lse", "mask", "bias", "slopes", "sinks")
 
 
-def tile_of(problem: AttentionProblem) -> tuple[int, ...]:
+def tile_of(problem: AttentionProblem) -> Tile:
     """Return the shape of the tile: decided by lengths, dims and dtype alone."""
     rows = heads_per_item(problem) * problem.seqlen_q
     if problem.dtype == np.float64:
@@ -48,15 +53,16 @@ def tile_of(problem: AttentionProblem) -> tuple[int, ...]:
     return _NARROW if problem.head_dim_v <= 64 else _MANY
 
 
-def config_of(problem: AttentionProblem, tile: tuple[int, ...]) -> simt.Config:
-    """Return what the kernel for a problem is compiled for."""
+def config_of(problem: AttentionProblem, tile: Tile, split: int = SPLIT_KEYS) -> simt.Config:
+    """Return what the kernel for a problem is compiled for; `split` is 0 where no split may be."""
 
     def name(array: Array | None) -> str | None:
         return None if array is None else array.dtype.name
 
-    return simt.Config(
+    is_cut = split > 0 and combine.splits_of(problem, split) > 1
+    config = simt.Config(
         problem.dtype.name,
-        problem.out_dtype.name,
+        problem.accumulator.name if is_cut else problem.out_dtype.name,
         name(problem.bias),
         name(problem.alibi_slopes),
         name(problem.sinks),
@@ -65,6 +71,12 @@ def config_of(problem: AttentionProblem, tile: tuple[int, ...]) -> simt.Config:
         problem.dropout_p > 0.0,
         *tile,
     )
+    return config._replace(split=split if is_cut else 0, functions=user.functions_of(problem))
+
+
+def splits_of(problem: AttentionProblem, config: simt.Config) -> int:
+    """Return how many blocks of threads share out the keys of a tile of rows."""
+    return combine.splits_of(problem, config.split) if config.split else 1
 
 
 def kernel_of(config: simt.Config) -> compiler.Kernel:
@@ -73,11 +85,11 @@ def kernel_of(config: simt.Config) -> compiler.Kernel:
 
 
 def grid_of(problem: AttentionProblem, config: simt.Config) -> tuple[int, int, int]:
-    """Blocks of threads: tiles of rows of all heads, times chunks of value columns."""
+    """Blocks of threads: tiles of rows of all heads and splits, times chunks of value columns."""
     rows = heads_per_item(problem) * problem.seqlen_q
     groups = problem.num_heads // heads_per_item(problem)
-    row_blocks = -(-rows // config.block_q)
-    return problem.batch_size * groups * row_blocks, -(-problem.head_dim_v // config.block_v), 1
+    tiles = problem.batch_size * groups * -(-rows // config.block_q)
+    return tiles * splits_of(problem, config), -(-problem.head_dim_v // config.block_v), 1
 
 
 def bits_of(array: Array) -> Array:
@@ -123,18 +135,36 @@ def simulate(problem: AttentionProblem, operands: dict[str, Array | None]) -> No
     """Run the kernel in Numba's simulator, on contiguous arrays in host memory."""
     tools = compiler.toolchain()
     assert isinstance(tools, Simulator)
-    config = config_of(problem, _SIMULATED)
-    words = word_table(problem, spans_of(operands), config.block_q, lengths_of(problem))
-    arguments = []
-    for name, kind in zip(simt.PARAMETERS, simt.parameters(config), strict=True):
-        array = {"words": words, "reals": real_table(problem)}.get(name, operands.get(name))
-        if array is None or array.size == 0:
-            arguments.append(np.zeros(1, compiler.ELEMENT[kind[1:-1]]))
-        else:
-            arguments.append(bits_of(flat_of(array)))
+    config = config_of(problem, _SIMULATED, _SIMULATED_SPLIT)
+    splits, spans = splits_of(problem, config), spans_of(operands)
+    given: dict[str, Array] = {
+        name: bits_of(flat_of(array))
+        for name, array in operands.items()
+        if array is not None and array.size
+    }
+    given["words"] = word_table(problem, spans, config.block_q, lengths_of(problem))
+    given["reals"] = real_table(problem)
+    extra: dict[str, Any] = {}
+    if config.functions is not None:
+        given["kinds"] = user.kind_table(problem.block_mask)
+        given["tables"] = user.word_table(config.functions, problem.block_mask)
+        tables = user.host_tables(config.functions, problem.accumulator)
+        extra = {f"aux_{i}": table for i, table in enumerate(tables)}
+    out, lse = given["out"], given["lse"]
+    if config.split:
+        sizes = combine.scratch_bytes(problem, splits)
+        scratch = np.full(sum(sizes), 0xFF, np.uint8).view(problem.accumulator)  # NaN
+        given["out"], given["lse"] = np.split(scratch, [sizes[0] // scratch.itemsize])
+    arguments = [
+        extra[name] if name in extra else given.get(name, np.zeros(1, compiler.ELEMENT[kind[1:-1]]))
+        for name, kind in zip(simt.names(config), simt.parameters(config), strict=True)
+    ]
     with _one_at_a_time, tools.awake():
         kernel = tools.cuda.jit(tools.quiet(simt.make(tools, config)))
         kernel[grid_of(problem, config), (config.columns, config.rows)](*arguments)
+        if config.split:
+            parts = given["out"], given["lse"]
+            combine.simulate(tools, problem, spans["out"], parts, out, lse)
 
 
 def flat_of(array: Array) -> Array:
@@ -149,39 +179,47 @@ class Prepared:
 
     def __init__(self, problem: AttentionProblem, where: driver.Device) -> None:
         self.where = where
-        config = config_of(problem, tile_of(problem))
-        kernel = kernel_of(config)
-        self._function = where.function(kernel, lambda: compiler.compiled(kernel, where.chip))
+        config = config_of(problem, tile_of(problem), SPLIT_KEYS if where.has_pools else 0)
         assert problem.out is not None
         operands = operands_of(problem, problem.out, problem.out)
         spans = spans_of(operands)
-        self._words = driver.upload(
-            where, word_table(problem, spans, config.block_q, lengths_of(problem))
-        )
+        lengths = lengths_of(problem)
+        self._words = driver.upload(where, word_table(problem, spans, config.block_q, lengths))
         self._reals = driver.upload(where, real_table(problem))
-        self._grid, self._block = grid_of(problem, config), (config.columns, config.rows)
-        self._tools = compiler.toolchain()
-        words = HEADER + ITEM_SIZE * problem.batch_size
-        self._arrays: list[tuple[str, int, int, int]] = []
-        for name in simt.PARAMETERS:
-            array = operands.get(name)
-            low, length, size = 0, 1, 8
-            if name in spans and array is not None:
-                low, length, size = spans[name].low, spans[name].length, array.itemsize
-            elif name == "lse":
-                length, size = math.prod(problem.lse_shape), problem.accumulator.itemsize
-            elif name == "words":
-                length = words
-            elif name == "reals":
-                length, size = len(REALS), problem.accumulator.itemsize
-            self._arrays.append((name, low, length, size))
-        self._formats = "q" * sum(len(self._tools.array_words(0, 1, 1)) for _ in self._arrays)
+        self._combine: combine.Prepared | None = None
+        real = problem.accumulator.itemsize
+        known = {
+            "lse": Argument("lse", 0, math.prod(problem.lse_shape), real),
+            "words": Argument("words", 0, HEADER + ITEM_SIZE * problem.batch_size),
+            "reals": Argument("reals", 0, len(REALS), real),
+        }
+        for name, span in spans.items():
+            array = operands[name]
+            assert array is not None
+            known[name] = Argument(name, span.low, span.length, array.itemsize)
+        if config.split:
+            splits = splits_of(problem, config)
+            self._combine = combine.Prepared(problem, spans["out"], splits, where)
+            for name, size in zip(("out", "lse"), self._combine.sizes, strict=True):
+                known[name] = Argument(name, 0, size // real, real)
+        self._functions: user.Operands | None = None
+        if config.functions is not None:
+            self._functions = user.Operands(config.functions, problem.block_mask, where)
+            known |= {one.name: one for one in self._functions.arguments}
+        arguments = [known.get(name, Argument(name)) for name in simt.names(config)]
+        grid, block = grid_of(problem, config), (config.columns, config.rows)
+        self._launch = Launch(kernel_of(config), where, grid, block, arguments)
 
     def run(self, addresses: dict[str, int], stream: int) -> None:
         """Start the kernel on arrays at these addresses; its context is current."""
         known = {**addresses, "words": self._words.address, "reals": self._reals.address}
-        slots: list[int] = []
-        for name, low, length, size in self._arrays:
-            slots += self._tools.array_words(known.get(name, 0) + low, length, size)
-        words = driver.Words(self._formats).fill(*slots)
-        self._function.launch(self._grid, self._block, stream, words)
+        if self._functions is not None:
+            known |= self._functions.addresses(addresses)
+        if self._combine is None:
+            self._launch.run(known, stream)
+            return
+        sizes = self._combine.sizes
+        with driver.scratch(self.where, sum(sizes), stream) as scratch:
+            known |= {"out": scratch, "lse": scratch + sizes[0]}
+            self._launch.run(known, stream)
+            self._combine.run(scratch, addresses, stream)

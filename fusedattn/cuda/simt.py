@@ -3,7 +3,8 @@
 A block of threads owns a tile of query rows and a chunk of value columns, and walks the keys that
 any of its rows sees, a tile at a time (online softmax, FlashAttention-2, arXiv:2307.08691). Both
 products are register tiles over operands staged in shared memory: no warp intrinsics, no PTX, every
-dtype, every feature. Halves are read as bits and accumulated in float32, never in tf32.
+dtype, every feature; functions of the user's are device functions. Halves are read as bits and
+accumulated in float32, never in tf32.
 
 A weight that must not touch its value (a hidden key, a dropped one) is stored as -1: the product of
 a weight of 0 and a NaN would reach rows that do not see the key. Only tiles in which something is
@@ -21,6 +22,7 @@ import math
 from typing import Any, NamedTuple
 
 from fusedattn import masks
+from fusedattn.cuda import user
 from fusedattn.cuda.elements import make_loader, make_storer
 from fusedattn.cuda.params import HEADER, ITEM, ITEM_SIZE, SLOT
 from fusedattn.cuda.unroll import unrolled
@@ -49,6 +51,8 @@ class Config(NamedTuple):
     columns_each: int
     dims: int  # head dims staged at a time
     keys_staged: int  # keys whose values are staged at a time
+    split: int = 0  # keys of a split, a multiple of block_k; 0 where keys are not shared out
+    functions: user.Functions | None = None  # of the user's
 
     @property
     def block_q(self) -> int:
@@ -75,11 +79,16 @@ PARAMETERS = ("q", "k", "v", "out", "lse", "mask", "bias", "slopes", "sinks", "w
 
 
 def parameters(config: Config) -> tuple[str, ...]:
-    """Types of the kernel's parameters, all of them flat arrays."""
+    """Types of the kernel's parameters: flat arrays, and what functions of the user's read."""
     real = "float64" if config.storage == "float64" else "float32"
     optional = (config.bias or real, config.slopes or real, config.sinks or real)
     names = (*(config.storage,) * 3, config.out_storage, real, "bool", *optional, "int64", real)
-    return tuple(f"[{name}]" for name in names)
+    return (*(f"[{name}]" for name in names), *user.parameters_of(config.functions))
+
+
+def names(config: Config) -> tuple[str, ...]:
+    """Names of the kernel's parameters."""
+    return (*PARAMETERS, *user.names_of(config.functions))
 
 
 def make(tools: Any, config: Config) -> Any:
@@ -101,15 +110,20 @@ def make(tools: Any, config: Config) -> Any:
 
     has_bias, has_mask, has_dropout = config.bias is not None, config.mask, config.dropout
     has_softcap, has_slopes = config.softcap, config.slopes is not None
-    has_sinks = config.sinks is not None
-    plain = not (has_bias or has_mask or has_dropout)
+    has_sinks, has_splits, SPLIT = config.sinks is not None, config.split > 0, config.split
+    has_score_mod = has_block_mask = False
+    if config.functions is not None:
+        modify, shows, kind_at, keys_of = user.device_functions(tools, config.functions, real)
+        has_score_mod, has_block_mask = modify is not None, shows is not None
+    SKIP, FULL = masks.SKIP, masks.FULL
+    plain = not (has_bias or has_mask or has_dropout or has_score_mod)
     COLUMNS, THREADS = config.columns, config.threads
     MQ, NK, NV = config.rows_each, config.keys_each, config.columns_each
     SCORES, OUTPUTS = MQ * NK, MQ * NV
     BLOCK_Q, BLOCK_K, BLOCK_V = config.block_q, config.block_k, config.block_v
     PARTS = THREADS // BLOCK_Q
     # Scores of a row looked at together: where little is done to each, waiting is what it costs.
-    simple = plain and not (has_softcap or has_slopes)
+    simple = plain and not (has_softcap or has_slopes or has_block_mask)
     AT_ONCE = min(8, BLOCK_K // PARTS) if simple else 1
     TURNS = BLOCK_K // PARTS // AT_ONCE
     DIMS, STAGED = config.dims, config.keys_staged
@@ -139,7 +153,7 @@ def make(tools: Any, config: Config) -> Any:
         "q_at", "k_at", "v_at", "out_at", "mask_at", "bias_at",
     ))  # fmt: skip
 
-    def kernel(q, k, v, out, lse, mask, bias, slopes, sinks, words, reals):
+    def kernel(q, k, v, out, lse, mask, bias, slopes, sinks, words, reals, *extra):
         stage = cuda.shared.array(STAGE, real)
         weights = cuda.shared.array(WEIGHTS, real)
         factors = cuda.shared.array(BLOCK_Q, real)  # of a row: its rescale, at last 1 / row_sum
@@ -149,12 +163,15 @@ def make(tools: Any, config: Config) -> Any:
         thread = ty * COLUMNS + tx
 
         # Which tile: blocks of rows from the last, which under a causal mask has the most to do;
-        # within one, the heads of a KV group side by side.
+        # within one, the heads of a KV group side by side; splits of the keys one after another.
         heads_here, seqlen_q, seqlen_k = words[HEADS_HERE], words[SEQLEN_Q], words[SEQLEN_K]
         groups = words[NUM_HEADS] // heads_here
         abreast = (words.shape[0] - HEADER) // ITEM_SIZE * groups
         group_index = int64(cuda.blockIdx.x) % abreast
-        first = (words[ROW_BLOCKS] - 1 - int64(cuda.blockIdx.x) // abreast) * BLOCK_Q
+        turn, split = int64(cuda.blockIdx.x) // abreast, int64(0)
+        if has_splits:
+            turn, split = turn % words[ROW_BLOCKS], turn // words[ROW_BLOCKS]
+        first = (words[ROW_BLOCKS] - 1 - turn) * BLOCK_Q
         batch, head_lo = group_index // groups, group_index % groups * heads_here
         column_lo = int64(cuda.blockIdx.y) * BLOCK_V
         item = HEADER + batch * ITEM_SIZE
@@ -184,8 +201,8 @@ def make(tools: Any, config: Config) -> Any:
             if has_slopes:
                 slope = load_slope(slopes, words[item + SLOPES_AT] + head * words[SLOPES_HEAD])
             if has_sinks:
-                if query < used_q:
-                    # A key without a value; one thread of the row counts it.
+                if query < used_q and split == 0:
+                    # A key without a value; one thread of the row counts it, in one split.
                     row_max = load_sink(sinks, words[item + SINKS_AT] + head * words[SINKS_HEAD])
                     if my_part == 0:
                         row_sum = real(1)
@@ -196,6 +213,9 @@ def make(tools: Any, config: Config) -> Any:
                 out_places[my_row] = (
                     words[item + OUT_AT] + head * words[OUT] + query * words[OUT + 1]
                 )
+                if has_splits:
+                    place = split * abreast * heads_here + batch * words[NUM_HEADS] + head
+                    out_places[my_row] = (place * seqlen_q + query) * head_dim_v
 
         scores = cuda.local.array(SCORES, real)
         acc = cuda.local.array(OUTPUTS, real)
@@ -209,9 +229,29 @@ def make(tools: Any, config: Config) -> Any:
             query_lo, query_hi = int64(0), seqlen_q
         key_lo, key_hi = block_interval(query_lo, query_hi, k_from, k_to, used_q, used_k)
         all_lo, all_hi = common_interval(query_lo, query_hi, k_from, k_to, used_q, used_k)
+        if has_splits:
+            key_lo, key_hi = max(key_lo, split * SPLIT), min(key_hi, (split + 1) * SPLIT)
         key_lo = key_lo // BLOCK_K * BLOCK_K
         while key_lo < key_hi:
             clean = plain and all_lo <= key_lo and key_lo + BLOCK_K <= all_hi
+            if has_block_mask:
+                # Each thread looks at the blocks that its row meets, with others of the row.
+                some, whole = int64(0), int64(1)
+                if query < used_q:
+                    block_keys = keys_of(*extra)
+                    block_key = (key_lo // block_keys + my_part) * block_keys
+                    while block_key < min(key_lo + BLOCK_K, key_hi):
+                        kind = kind_at(batch, head, query, block_key, *extra)
+                        if not kind == SKIP:
+                            some = int64(1)
+                        if not kind == FULL:
+                            whole = int64(0)
+                        block_key += PARTS * block_keys
+                if cuda.syncthreads_or(some) == 0:
+                    key_lo += BLOCK_K
+                    continue
+                is_whole = cuda.syncthreads_and(whole) != 0
+                clean = clean and is_whole
 
             # Products of queries and keys, some head dims at a time.
             for i in unrolled(SCORES):
@@ -252,19 +292,26 @@ def make(tools: Any, config: Config) -> Any:
                     j = my_part + (turn * AT_ONCE + m) * PARTS
                     key = key_lo + j
                     x = weights[j * P_STEP + my_row] * reals[0]
+                    seen = low <= key and key < high
+                    if has_mask:
+                        if seen:
+                            seen = mask[mask_row + key * words[MASK + 2]] != 0
+                    if has_block_mask:
+                        if seen and not is_whole:
+                            seen = shows(batch, head, query, key, *extra)
+                    if has_score_mod:
+                        if seen:
+                            x = modify(x, batch, head, query, key, *extra)
+                            seen = not x == real(NO_KEY)
                     if has_softcap:
                         x = reals[1] * real(tanh(x / reals[1]))
                     if has_slopes:
                         x -= slope * real(abs(query + words[item + Q_OFFSET] - key))
-                    seen = low <= key and key < high
                     if has_bias:
                         if seen:
                             b = load_bias(bias, bias_row + key * words[BIAS + 2])
                             x += b
                             seen = not b == real(NO_KEY)
-                    if has_mask:
-                        if seen:
-                            seen = mask[mask_row + key * words[MASK + 2]] != 0
                     if seen:
                         if x > largest or not x == x:  # keeps NaN
                             largest = x
@@ -351,11 +398,15 @@ def make(tools: Any, config: Config) -> Any:
             total = real(0)
             for part in range(PARTS):
                 total += stage[part * BLOCK_Q + my_row]
-            if words[RETURN_LSE] != 0 and column_lo == 0 and query < seqlen_q:
+            writes_lse = words[RETURN_LSE] != 0
+            if has_splits:
+                writes_lse = True  # it is the weight of the split
+            if writes_lse and column_lo == 0 and query < seqlen_q:
                 x = real(NO_KEY)
                 if not total == real(0):
                     x = row_max + real(log(total))
-                lse[(batch * words[NUM_HEADS] + head) * seqlen_q + query] = x
+                place = split * abreast * heads_here + batch * words[NUM_HEADS] + head
+                lse[place * seqlen_q + query] = x
             factor = real(1)
             if not total == real(0):
                 factor = real(1) / total

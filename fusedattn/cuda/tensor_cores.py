@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fusedattn.cuda import compiler, driver, hopper
-from fusedattn.cuda.params import SPLIT_KEYS, SPLIT_QUERIES
+from fusedattn.cuda import combine, compiler, driver, hopper
+from fusedattn.cuda.params import SPLIT_KEYS, SPLIT_QUERIES, span_of
 from fusedattn.masks import MAX_SEQLEN, relative_bounds
 from fusedattn.problem import AttentionProblem
 
@@ -248,6 +248,11 @@ class Prepared:
         self._boxes = boxes_of(problem, launch.config)
         self._dtype = problem.dtype.name
         self._items = driver.upload(where, item_table(problem, launch))
+        self._combine = None
+        if launch.splits > 1:
+            span = span_of(problem.out) if problem.out is not None else None
+            assert span is not None, "looked at before"
+            self._combine = combine.Prepared(problem, span, launch.splits, where)
         self._maps: dict[tuple[int, int, int], driver.Memory] = {}
         self._local = threading.local()
 
@@ -255,11 +260,19 @@ class Prepared:
         """Start the kernel on arrays at these addresses; its context is current."""
         key = addresses["q"], addresses["k"], addresses["v"]
         maps = self._maps.get(key) or self._make_maps(key)
+        if self._combine is None:
+            self._start(maps, addresses["out"], addresses.get("lse", 0), stream)
+            return
+        outputs, lse = self._combine.sizes
+        with driver.scratch(self.where, outputs + lse, stream) as scratch:
+            self._start(maps, scratch, scratch + outputs, stream)
+            self._combine.run(scratch, addresses, stream)
+
+    def _start(self, maps: driver.Memory, out: int, lse: int, stream: int) -> None:
         words = getattr(self._local, "words", None)
         if words is None:
             words = self._local.words = driver.Words(hopper.FORMATS)
         launch = self._launch
-        out, lse = addresses["out"], addresses.get("lse", 0)
         words.fill(*launch.arguments(maps.address, out, lse, self._items.address))
         self._function.launch((launch.grid, 1, 1), (launch.config.threads, 1), stream, words)
 

@@ -12,12 +12,15 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from types import FunctionType, SimpleNamespace
+from contextlib import AbstractContextManager
+from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any, Protocol
 
 import numpy as np
 
+from fusedattn.cuda import tables_mlir, tables_numba
 from fusedattn.cuda.inline import Block, Op, constraints_of
+from fusedattn.cuda.tables import Kind, element_type
 from fusedattn.undisturbed import undisturbed
 
 MLIR, NUMBA, SIMULATOR = NAMES = ("numba-cuda-mlir", "numba-cuda", "simulator")
@@ -27,6 +30,7 @@ class Toolchain(Protocol):
     """What kernels may use: ``cuda``, ``types``, conversions of bits, and inline PTX."""
 
     name: str
+    interprets: bool  # kernels and what they call are run as they are written
     cuda: Any
     types: Any
 
@@ -45,6 +49,15 @@ class Toolchain(Protocol):
     def array_words(self, address: int, length: int, itemsize: int) -> tuple[int, ...]:
         """Return the parameter words of a one-dimensional array argument."""
 
+    def table(self, kind: Kind, real: Any) -> Any:
+        """Return ``make(address, *lengths, *strides)``: an aux array, see `tables`."""
+
+    def table_type(self, kind: Kind, real: Any) -> Any:
+        """Return the type of what it makes."""
+
+    def result_of(self, function: Any, arguments: tuple[Any, ...]) -> Any:
+        """Compile what `device` returned for some types, and return the type of its result."""
+
 
 # The simulator's module: while a kernel runs, Numba puts another in the place of this global.
 _simulated: Any = None
@@ -61,6 +74,7 @@ class Simulator:
     """Numba's CUDA simulator: kernels are plain Python, threads are threads."""
 
     name = SIMULATOR
+    interprets = True
     cuda: Any
     types: Any
 
@@ -138,13 +152,27 @@ class Simulator:
         """Refuse: the simulator takes arrays themselves."""
         raise NotImplementedError("the simulator takes NumPy arrays")
 
+    def table(self, kind: Kind, real: Any) -> Any:
+        """Hand on a `tables.HostTable`."""
+        return lambda table, *words: table
+
+    def table_type(self, kind: Kind, real: Any) -> Any:
+        """Refuse: nothing is compiled here."""
+        raise NotImplementedError("the simulator compiles nothing")
+
+    def result_of(self, function: Any, arguments: tuple[Any, ...]) -> Any:
+        """Refuse: nothing is compiled here."""
+        raise NotImplementedError("the simulator compiles nothing")
+
 
 class _Compiler:
     """What both compilers have in common."""
 
     name: str
+    interprets = False
     cuda: Any
     types: Any
+    tables: ModuleType
 
     def conversions(self) -> dict[str, Any]:
         """Functions of libdevice."""
@@ -161,6 +189,25 @@ class _Compiler:
         if uses:
             function = FunctionType(function.__code__, {**function.__globals__, **uses})
         return self.cuda.jit(function, device=True)
+
+    def table(self, kind: Kind, real: Any) -> Any:
+        """Return an intrinsic that packs the words."""
+        return self.tables.table_maker(kind, real, self._intrinsic)
+
+    def table_type(self, kind: Kind, real: Any) -> Any:
+        """Return the compiler's own type."""
+        dtype = element_type(self.types, kind.storage, real)
+        return self.tables.table_class()(kind.storage, dtype, kind.ndim)
+
+    def result_of(self, function: Any, arguments: tuple[Any, ...]) -> Any:
+        """Compile as a device function, whichever GPU it is for."""
+        with self.compiling_for((8, 0)):
+            function.get_call_template(arguments, {})
+        return function.overloads[arguments].signature.return_type
+
+    def compiling_for(self, capability: tuple[int, int]) -> AbstractContextManager[None]:
+        """Keep the compiler from asking for the GPU, which may be another one, or none."""
+        raise NotImplementedError
 
     def _intrinsic(self, intrinsic: Any, arity: int, typing: Callable[..., Any]) -> Any:
         """Give a typing function the fixed number of arguments that Numba asks for."""
@@ -185,6 +232,7 @@ class Mlir(_Compiler):
     """numba-cuda-mlir."""
 
     name = MLIR
+    tables = tables_mlir
 
     def __init__(self) -> None:
         cuda = undisturbed(importlib.import_module, "numba_cuda_mlir.cuda")
@@ -249,23 +297,32 @@ class Mlir(_Compiler):
 
     def ltoir(self, function: Any, signature: Any, chip: str, threads: int) -> bytes:
         """Compile to LTO-IR; the chip has to be named, and lto asked for, or code is slow."""
+        options = {"chip": chip, "lto": True, "opt_level": 3, "launch_bounds": (threads, 1)}
+        dispatcher = self.cuda.jit(function, **options)
+        with self.compiling_for(_capability(chip)):
+            code: bytes = dispatcher.compile(signature, output="ltoir").metadata["ltoir"]
+        return code
+
+    @contextlib.contextmanager
+    def compiling_for(self, capability: tuple[int, int]) -> Iterator[None]:
+        """Enter the capability where the compiler keeps that of the GPU."""
         from numba_cuda_mlir import tools
         from numba_cuda_mlir.extending import refresh_registries
 
         refresh_registries()  # or instructions made since the last compilation are not known
-        if tools._cached_cc is None:  # asks for the GPU otherwise, which may not be there
-            digits = chip.removeprefix("sm_").rstrip("a")
-            tools._cached_cc = int(digits[:-1]), int(digits[-1])
-        options = {"chip": chip, "lto": True, "opt_level": 3, "launch_bounds": (threads, 1)}
-        dispatcher = self.cuda.jit(function, **options)
-        code: bytes = dispatcher.compile(signature, output="ltoir").metadata["ltoir"]
-        return code
+        before = tools._cached_cc
+        tools._cached_cc = before or capability
+        try:
+            yield
+        finally:
+            tools._cached_cc = before
 
 
 class NumbaCuda(_Compiler):
     """numba-cuda."""
 
     name = NUMBA
+    tables = tables_numba
 
     def __init__(self) -> None:
         import numba
@@ -333,14 +390,8 @@ class NumbaCuda(_Compiler):
         """Compile to LTO-IR."""
         from numba.cuda import compiler
 
-        dispatcher: Any = importlib.import_module("numba.cuda.dispatcher")
-
-        digits = chip.removeprefix("sm_").rstrip("a")
-        capability = int(digits[:-1]), int(digits[-1])
-        # Device functions are compiled for the GPU at hand, which may be another one, or none.
-        ask = dispatcher.get_current_device
-        dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
-        try:
+        capability = _capability(chip)
+        with self.compiling_for(capability):
             code, _ = compiler.compile(
                 function,
                 signature,
@@ -351,6 +402,20 @@ class NumbaCuda(_Compiler):
                 output="ltoir",
                 launch_bounds=(threads, 1),
             )
+        return bytes(code)
+
+    @contextlib.contextmanager
+    def compiling_for(self, capability: tuple[int, int]) -> Iterator[None]:
+        """Answer in the place of the GPU when device functions are compiled."""
+        dispatcher: Any = importlib.import_module("numba.cuda.dispatcher")
+        ask = dispatcher.get_current_device
+        dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
+        try:
+            yield
         finally:
             dispatcher.get_current_device = ask
-        return bytes(code)
+
+
+def _capability(chip: str) -> tuple[int, int]:
+    digits = chip.removeprefix("sm_").rstrip("a")
+    return int(digits[:-1]), int(digits[-1])

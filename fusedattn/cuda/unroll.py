@@ -30,17 +30,23 @@ def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def unroll(function: Callable[..., Any], unsigned: Any) -> Callable[..., Any]:
+def unroll(function: Callable[..., Any], unsigned: Any, arity: int = 0) -> Callable[..., Any]:
     """Return the function with its ``unrolled`` loops written out and constants folded.
 
     Indices that remain are made `unsigned`, a type: a signed one may count from the end, which
-    costs a comparison and a selection for each access.
+    costs a comparison and a selection for each access. A ``*rest`` of parameters becomes as many
+    as there are of the `arity`, here and where it is handed on.
     """
     space = {**function.__globals__, **_names(function), "unsigned": unsigned}
-    tree = ast.Module([_definition(function)], [])
-    tree = ast.fix_missing_locations(_Unroller(space).visit(tree))
-    definition = tree.body[0]
-    assert isinstance(definition, ast.FunctionDef)
+    definition = _definition(function)
+    rest = definition.args.vararg
+    spread: dict[str, list[str]] = {}
+    if rest is not None:
+        names = [f"{rest.arg}_{i}" for i in range(arity - len(definition.args.args))]
+        definition.args.args += [ast.arg(name) for name in names]
+        definition.args.vararg, spread[rest.arg] = None, names
+    tree = ast.Module([definition], [])
+    tree = ast.fix_missing_locations(_Unroller(space, spread).visit(tree))
     code = compile(tree, inspect.getsourcefile(function) or "<kernel>", "exec")
     exec(code, space)
     made = space[definition.name]
@@ -85,8 +91,8 @@ class _Renamer(ast.NodeTransformer):
 class _Unroller(ast.NodeTransformer):
     """Replaces loops over `unrolled` by copies of their bodies, and folds integer constants."""
 
-    def __init__(self, space: dict[str, Any]) -> None:
-        self._space = space
+    def __init__(self, space: dict[str, Any], spread: dict[str, list[str]]) -> None:
+        self._space, self._spread = space, spread
         self._known: dict[str, int] = {}
         self._inner: dict[str, ast.FunctionDef] = {}
         self._depth = 0
@@ -178,6 +184,19 @@ class _Unroller(ast.NodeTransformer):
         if self._integer(node.slice) is None:
             call = ast.Call(ast.Name("unsigned", ast.Load()), [node.slice], [])
             node.slice = ast.copy_location(call, node.slice)
+        return node
+
+    def visit_Call(self, node: ast.Call) -> Any:
+        """Write out a ``*rest`` that is handed on."""
+        self.generic_visit(node)
+        arguments: list[ast.expr] = []
+        for argument in node.args:
+            inner = argument.value if isinstance(argument, ast.Starred) else None
+            if isinstance(inner, ast.Name) and inner.id in self._spread:
+                arguments += [ast.Name(name, ast.Load()) for name in self._spread[inner.id]]
+            else:
+                arguments.append(argument)
+        node.args = arguments
         return node
 
     def visit_Name(self, node: ast.Name) -> Any:

@@ -8,7 +8,6 @@ import functools
 import inspect
 import math
 import operator
-import re
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -24,7 +23,7 @@ from fusedattn.cpu.simd import I1, I64
 from fusedattn.cpu.user.dual import Dual, make_dual, parts_of
 from fusedattn.cpu.user.reads import observed
 from fusedattn.cpu.user.table import Table, read_table, table_type, words_of
-from fusedattn.functions import UserFunction, rebuilt
+from fusedattn.functions import UserFunction, explained, rebuilt
 from fusedattn.pointwise import wrong_type
 
 # Batch, head, row and key.
@@ -198,22 +197,6 @@ def _check_powers(function: UserFunction, part: Any) -> None:
                     f'"{expression.loc.filename}": a power of two integers is wrong where the '
                     "exponent is negative; make one of them a float, as in 2.0 ** n"
                 ) from None
-
-
-def explained(function: UserFunction, error: Exception) -> str:
-    """Say what Numba could not compile, and where in the user's code."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
-    lines = [line.strip() for line in text.splitlines()]
-    code = function.function.__code__
-    place = re.findall(rf'File "{re.escape(code.co_filename)}", line (\d+)', text)
-    # Numba names files by their last part, too.
-    place = place or re.findall(r'File "[^"]+", line (\d+)', text)
-    noise = ("Failed in", "During:", "File ", "There are", "- ", "<source", "def ", "^", "This ")
-    lines = [line.removeprefix(">>> ") for line in lines]
-    told = [line for line in lines if line and not line.startswith(noise)][:2]
-    line = f", line {place[-1]}" if place else ""
-    source = f'{line[2:]} of "{code.co_filename}": ' if line else ""
-    return f"{function.place} cannot be compiled: {source}{' '.join(told)}"
 
 
 class Joined:
