@@ -12,6 +12,7 @@ import os
 import struct
 import threading
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 from numpy.typing import NDArray
