@@ -17,7 +17,8 @@ merges them.
 """
 
 # "not a == b" is true of NaN with every compiler; "a != b" is not.
-# ruff: noqa: SIM201
+# A piece assigns to its parameters, which are variables of the caller.
+# ruff: noqa: SIM201, F841
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ class Config(NamedTuple):
 
     def _shared(self, q_stages: int) -> int:
         tiles = q_stages * self.q_bytes + self.stages * (self.k_bytes + self.v_bytes)
-        return tiles + 1024 + 256
+        return tiles + 1024 + 512
 
 
 # 64-bit parameters: maps of q, k and v; out, lse (0 for none), the items; strides of out in bytes,
@@ -99,6 +100,9 @@ PARAMETERS = ("int64",) * 9 + ("int32",) * 11 + ("float32",)
 FORMATS = "q" * 9 + "i" * 11 + "f"
 # What an item of the batch has in the table: four int32 and the offset of its out, as an int64.
 ITEM_BYTES = 24
+# A note of a tile tells the warpgroups that compute what it is; there is room for so many.
+NOTE_BYTES = 64
+NOTES = 4
 
 # Registers of a thread that loads, and of one that computes, by the number of those warpgroups.
 _REGISTERS = {1: (56, 240), 2: (40, 232), 3: (32, 160)}
@@ -122,10 +126,12 @@ def make(tools: Any, config: Config) -> Any:
     Q_STAGES, Q_STEP = config.q_stages, Q_BYTES >> 4
     K_AT = Q_STAGES * Q_BYTES
     V_AT = K_AT + STAGES * K_BYTES
-    Q_FULL = V_AT + STAGES * V_BYTES
+    NOTE = V_AT + STAGES * V_BYTES
+    Q_FULL = NOTE + NOTES * NOTE_BYTES
     Q_EMPTY = Q_FULL + 8 * Q_STAGES
     K_FULL = Q_EMPTY + 8 * Q_STAGES
     V_FULL, K_EMPTY, V_EMPTY = (K_FULL + 8 * STAGES * n for n in (1, 2, 3))
+    RING = NOTES * NOTE_BYTES - 1
     SCORES, OUTPUTS, WEIGHTS = KEYS // 2, DIMS_V // 2, KEYS // 4
     K_MAJOR = ptx.descriptor_words(16, 1024)[0]
     MN_MAJOR = ptx.descriptor_words(KV_PANEL, 1024)[0]
@@ -139,6 +145,9 @@ def make(tools: Any, config: Config) -> Any:
     shared_base, load_int, load_long = asm(ptx.SHARED_BASE), asm(ptx.LOAD_INT), asm(ptx.LOAD_LONG)
     store_word, store_float = asm(ptx.STORE_WORD), asm(ptx.STORE_FLOAT)
     store_floats, store_zeros = asm(ptx.STORE_FLOATS), asm(ptx.STORE_SHARED_ZEROS)
+    this_thread = asm(ptx.THREAD)
+    tell, tell_long = asm(ptx.STORE_SHARED_INT), asm(ptx.STORE_SHARED_LONG)
+    told, told_long = asm(ptx.LOAD_SHARED_INT), asm(ptx.LOAD_SHARED_LONG)
     exp2, log2, fma, maximum = asm(ptx.EXP2), asm(ptx.LOG2), asm(ptx.FMA), asm(ptx.MAX)
     pack = asm(ptx.PACK[config.storage])
     pack_out = asm(ptx.PACK["bfloat16" if WIDE else config.out_storage])
@@ -165,7 +174,33 @@ def make(tools: Any, config: Config) -> Any:
             stage, phase = int32(0), int32(phase ^ int32(1))
 
     @inlined
-    def hide(scores, key, column, low, high):
+    def next_note(note):
+        # Notes lie in a ring, which begins at a multiple of its size.
+        note = int32((note & int32(~RING)) | (int32(note + NOTE_BYTES) & int32(RING)))
+
+    # The first of my rows and columns in a tile: the layout of an accumulator of wgmma.
+    @inlined
+    def first_row(row):
+        thread = int32(this_thread())
+        row = int32((int32(thread - int32(128)) >> int32(5)) * int32(16))
+        row = int32(row + int32(int32(thread & int32(31)) >> int32(2)))
+
+    @inlined
+    def first_column(column):
+        column = int32(int32(this_thread() & int32(3)) * int32(2))
+
+    @inlined
+    def hide(scores, key, query, about):
+        # Keys that a row does not see.
+        column = int32(0)
+        first_column(column)
+        k_from, k_to = told(int32(about + 16)), told(int32(about + 20))
+        used_q, used_k = told(int32(about + 24)), told(int32(about + 28))
+        low = cuda.local.array(2, int32)
+        high = cuda.local.array(2, int32)
+        for h in unrolled(2):
+            lo, hi = row_interval(query[h], k_from, k_to, used_q, used_k)
+            low[h], high[h] = int32(lo), int32(hi)
         for i in unrolled(SCORES):
             at = int32(key + column + (i // 4 * 8 + i % 2))
             if at < low[i % 4 // 2] or at >= high[i % 4 // 2]:
@@ -219,10 +254,10 @@ def make(tools: Any, config: Config) -> Any:
                 row_sum[h] += scores[4 * i + 2 * h] + scores[4 * i + 2 * h + 1]
 
     @inlined
-    def clear_unseen(values, key, key_lo, key_hi, mine):
+    def clear_unseen(values, key, key_lo, key_hi):
         # Values that no row of the tile sees may hold NaN; 0 * NaN is no 0.
         if key < key_lo or int32(key + KEYS) > key_hi:
-            at = mine
+            at = int32(this_thread() - int32(128))
             while at < int32(KEYS * PANELS_V * 8):
                 r = int32((at >> int32(3)) % int32(KEYS) + key)
                 if r < key_lo or r >= key_hi:
@@ -251,42 +286,9 @@ def make(tools: Any, config: Config) -> Any:
         shared = int32((shared_base() + int32(1023)) & int32(-1024))
         blocks = int32(cuda.gridDim.x)
         # The tile at hand: which it is, what bounds its keys, and which any row of it sees.
-        turn, round_lo = int32(cuda.blockIdx.x), int32(0)
-        tile = turn
         batch, head, row_lo, split = int32(0), int32(0), int32(0), int32(0)
         k_from, k_to, used_q, used_k = int32(0), int32(0), int32(0), int32(0)
         key_lo, key_hi, item = int32(0), int32(0), items
-
-        def locate():
-            nonlocal batch, head, row_lo, split, item, k_from, k_to, used_q, used_k, key_lo, key_hi
-            index = tile
-            if SPLIT:
-                index = int32(tile // splits)
-                split = int32(tile - index * splits)
-            # Units are heads, or heads in one tile: as many abreast as the L2 holds, their longest
-            # tiles first.
-            section = int32(index // section_tiles)
-            index = int32(index - section * section_tiles)
-            here = int32(min(abreast, units - section * abreast))
-            row_lo = int32((row_blocks - int32(1) - index // here) * int32(BLOCK_Q))
-            first_head = int32((section * abreast + index % here) * unit_heads)
-            batch, head = int32(first_head // num_heads), int32(first_head % num_heads)
-            item = items + int64(batch) * int64(ITEM_BYTES)
-            k_from, k_to = load_int(item), load_int(item + int64(4))
-            used_q, used_k = load_int(item + int64(8)), load_int(item + int64(12))
-            row_hi = min(int32(row_lo + BLOCK_Q), seqlen_q)
-            lo, hi = block_interval(row_lo, row_hi, k_from, k_to, used_q, used_k)
-            key_lo, key_hi = int32(lo), int32(hi)
-            if SPLIT:
-                key_lo = int32(max(key_lo, int32(split * int32(SPLIT_KEYS))))
-                key_hi = int32(min(key_hi, int32(split * int32(SPLIT_KEYS) + int32(SPLIT_KEYS))))
-
-        def go_on():
-            # Tiles go from long to short: back and forth over the blocks, each has its share.
-            nonlocal turn, round_lo, tile
-            turn = int32(blocks - int32(1) - turn)
-            round_lo = int32(round_lo + blocks)
-            tile = int32(round_lo + turn)
 
         if thread == 0:
             prefetch(q_map)
@@ -308,74 +310,129 @@ def make(tools: Any, config: Config) -> Any:
             if thread == 0:
                 # The first round of waits passes: nobody has used anything yet.
                 stage, phase, q_stage, q_phase = int32(0), int32(1), int32(0), int32(1)
+                note = int32(shared + NOTE)
+                turn, round_lo = int32(cuda.blockIdx.x), int32(0)
+                tile = turn
                 q_bytes = int32(Q_BYTES)
                 if PACKED:
                     q_bytes = int32(int32(PANELS_Q * ROW_BYTES) * unit_heads * seqlen_q)
+
+                def locate():
+                    nonlocal batch, head, row_lo, split, k_from, k_to, used_q, used_k
+                    nonlocal key_lo, key_hi, item
+                    index = tile
+                    if SPLIT:
+                        index = int32(tile // splits)
+                        split = int32(tile - index * splits)
+                    # Units are heads, or heads in one tile: as many abreast as the L2 holds, their
+                    # longest tiles first.
+                    section = int32(index // section_tiles)
+                    index = int32(index - section * section_tiles)
+                    here = int32(min(abreast, units - section * abreast))
+                    row_lo = int32((row_blocks - int32(1) - index // here) * int32(BLOCK_Q))
+                    first_head = int32((section * abreast + index % here) * unit_heads)
+                    batch, head = int32(first_head // num_heads), int32(first_head % num_heads)
+                    item = items + int64(batch) * int64(ITEM_BYTES)
+                    k_from, k_to = load_int(item), load_int(item + int64(4))
+                    used_q, used_k = load_int(item + int64(8)), load_int(item + int64(12))
+                    row_hi = min(int32(row_lo + BLOCK_Q), seqlen_q)
+                    lo, hi = block_interval(row_lo, row_hi, k_from, k_to, used_q, used_k)
+                    key_lo, key_hi = int32(lo), int32(hi)
+                    if SPLIT:
+                        first = int32(split * int32(SPLIT_KEYS))
+                        key_lo = int32(max(key_lo, first))
+                        key_hi = int32(min(key_hi, int32(first + int32(SPLIT_KEYS))))
+
+                def announce():
+                    # What the others need to know of a tile comes with its queries.
+                    nonlocal note
+                    next_note(note)
+                    tell(note, row_lo)
+                    tell(int32(note + 4), batch)
+                    tell(int32(note + 8), head)
+                    tell(int32(note + 12), split)
+                    tell(int32(note + 16), k_from)
+                    tell(int32(note + 20), k_to)
+                    tell(int32(note + 24), used_q)
+                    tell(int32(note + 28), used_k)
+                    tell(int32(note + 32), key_lo)
+                    tell(int32(note + 36), key_hi)
+                    tell_long(int32(note + 40), load_long(item + int64(16)))
+
                 while tile < all_tiles:
                     locate()
-                    head_kv = int32(head // group_size)
+                    full = int32(shared + Q_FULL + 8 * q_stage)
+                    wait(int32(shared + Q_EMPTY + 8 * q_stage), q_phase)
+                    announce()
                     if key_lo < key_hi:
-                        first_key = int32(key_lo // int32(KEYS) * int32(KEYS))
-                        key = int32((key_hi - int32(1)) // int32(KEYS) * int32(KEYS))
-                        full = int32(shared + Q_FULL + 8 * q_stage)
-                        wait(int32(shared + Q_EMPTY + 8 * q_stage), q_phase)
                         expect(full, q_bytes)
                         for panel in unrolled(PANELS_Q):
                             load_tile(
                                 int32(shared + panel * Q_PANEL + q_stage * Q_BYTES), q_map, full,
                                 int32(panel * PANEL), row_lo, head, batch,
                             )  # fmt: skip
-                        advance(q_stage, q_phase, Q_STAGES)
-                        while key >= first_key:
-                            full = int32(shared + K_FULL + 8 * stage)
-                            wait(int32(shared + K_EMPTY + 8 * stage), phase)
-                            expect(full, int32(K_BYTES))
-                            for panel in unrolled(PANELS_Q):
-                                load_tile(
-                                    int32(shared + (K_AT + panel * KV_PANEL) + stage * K_BYTES),
-                                    k_map, full, int32(panel * PANEL), key, head_kv, batch,
-                                )  # fmt: skip
-                            full = int32(shared + V_FULL + 8 * stage)
-                            wait(int32(shared + V_EMPTY + 8 * stage), phase)
-                            expect(full, int32(V_BYTES))
-                            for panel in unrolled(PANELS_V):
-                                load_tile(
-                                    int32(shared + (V_AT + panel * KV_PANEL) + stage * V_BYTES),
-                                    v_map, full, int32(panel * PANEL), key, head_kv, batch,
-                                )  # fmt: skip
-                            advance(stage, phase, STAGES)
-                            key = int32(key - KEYS)
-                    go_on()
+                    else:
+                        arrive(full)
+                    advance(q_stage, q_phase, Q_STAGES)
+                    head_kv = int32(head // group_size)
+                    key = int32((key_hi - int32(1)) // int32(KEYS) * int32(KEYS))
+                    while key_lo < key_hi:
+                        full = int32(shared + K_FULL + 8 * stage)
+                        wait(int32(shared + K_EMPTY + 8 * stage), phase)
+                        expect(full, int32(K_BYTES))
+                        for panel in unrolled(PANELS_Q):
+                            load_tile(
+                                int32(shared + (K_AT + panel * KV_PANEL) + stage * K_BYTES),
+                                k_map, full, int32(panel * PANEL), key, head_kv, batch,
+                            )  # fmt: skip
+                        full = int32(shared + V_FULL + 8 * stage)
+                        wait(int32(shared + V_EMPTY + 8 * stage), phase)
+                        expect(full, int32(V_BYTES))
+                        for panel in unrolled(PANELS_V):
+                            load_tile(
+                                int32(shared + (V_AT + panel * KV_PANEL) + stage * V_BYTES),
+                                v_map, full, int32(panel * PANEL), key, head_kv, batch,
+                            )  # fmt: skip
+                        advance(stage, phase, STAGES)
+                        key_hi = key
+                        key = int32(key - KEYS)
+                    # Tiles go from long to short: back and forth over the blocks, each has its
+                    # share of work.
+                    turn = int32(blocks - int32(1) - turn)
+                    round_lo = int32(round_lo + blocks)
+                    tile = int32(round_lo + turn)
+                # There are no more.
+                wait(int32(shared + Q_EMPTY + 8 * q_stage), q_phase)
+                next_note(note)
+                tell(note, int32(-1))
+                arrive(int32(shared + Q_FULL + 8 * q_stage))
         else:
             more_registers()
             scores = cuda.local.array(SCORES, float32)
             outputs = cuda.local.array(OUTPUTS, float32)
             weights = cuda.local.array(WEIGHTS, int32)
-            # Of my two rows: their state, which queries they are, and the keys they see.
+            # Of my two rows: their state, and which queries they are.
             row_max = cuda.local.array(2, float32)
             row_sum = cuda.local.array(2, float32)
             rescale = cuda.local.array(2, float32)
             query = cuda.local.array(2, int32)
             query_head = cuda.local.array(2, int32)
-            low = cuda.local.array(2, int32)
-            high = cuda.local.array(2, int32)
             mine = int32(thread - int32(128))
             warp = first_lane(int32(mine >> int32(5)))
             warpgroup = int32(warp >> int32(2))
-            lane = int32(thread & int32(31))
             leader = (mine & int32(127)) == 0
-            # The first of my rows and columns in a tile: the layout of an accumulator of wgmma.
-            my_row = int32(warp * int32(16) + (lane >> int32(2)))
-            column = int32((lane & int32(3)) * int32(2))
             q_places = int32(((shared + warpgroup * int32(64 * ROW_BYTES)) >> int32(4)) | K_MAJOR)
             k_places = int32(((shared + int32(K_AT)) >> int32(4)) | K_MAJOR)
             v_places = int32(((shared + int32(V_AT)) >> int32(4)) | MN_MAJOR)
             stage, phase, q_stage, q_phase = int32(0), int32(0), int32(0), int32(0)
-            to, to_lse = int64(0), int64(0)
+            note, column = int32(shared + NOTE), int32(0)
+            out_item, to, to_lse = int64(0), int64(0), int64(0)
             found = False
 
             def my_queries(row_lo, head):
                 # Which query of which head my rows are; none of any head past the last.
+                my_row = int32(0)
+                first_row(my_row)
                 for h in unrolled(2):
                     query[h], query_head[h] = int32(row_lo + my_row + 8 * h), head
                     if PACKED:
@@ -385,9 +442,19 @@ def make(tools: Any, config: Config) -> Any:
                         if above >= unit_heads:
                             query[h] = seqlen_q
 
-            def place(h, batch, split, out_item):
+            def recall(about):
+                # Where the results of a tile go.
+                nonlocal batch, split, out_item
+                batch = told(int32(about + 4))
+                if SPLIT:
+                    split = told(int32(about + 12))
+                out_item = told_long(int32(about + 40))
+                my_queries(told(about), told(int32(about + 8)))
+
+            def place(h):
                 # Where a row's results go; partial ones lie one split after the other.
-                nonlocal to, to_lse
+                nonlocal to, to_lse, column
+                first_column(column)
                 row = int64(split) * split_rows + int64(query[h])
                 heads_before = int64(batch) * int64(num_heads) + int64(query_head[h])
                 to_lse = lse + (row + heads_before * int64(seqlen_q)) * int64(4)
@@ -396,17 +463,23 @@ def make(tools: Any, config: Config) -> Any:
 
             def find():
                 # The next tile with keys; what belongs into those without is written on the way.
-                nonlocal found
-                found = False
-                while tile < all_tiles and not found:
-                    locate()
-                    found = key_lo < key_hi
-                    if not found:
-                        out_item = load_long(item + int64(16))
-                        my_queries(row_lo, head)
+                nonlocal row_lo, key_lo, key_hi, q_stage, q_phase, note, found
+                found, row_lo = False, int32(0)
+                while row_lo >= 0 and not found:
+                    wait(int32(shared + Q_FULL + 8 * q_stage), q_phase)
+                    next_note(note)
+                    row_lo = told(note)
+                    key_lo, key_hi = told(int32(note + 32)), told(int32(note + 36))
+                    found = row_lo >= 0 and key_lo < key_hi
+                    if row_lo >= 0 and not found:
+                        consumers_meet()
+                        if leader:
+                            arrive(int32(shared + Q_EMPTY + 8 * q_stage))
+                        advance(q_stage, q_phase, Q_STAGES)
+                        recall(note)
                         for h in unrolled(2):
                             if query[h] < seqlen_q:
-                                place(h, batch, split, out_item)
+                                place(h)
                                 if lse != 0 and column == 0:
                                     store_float(to_lse, float32(NO_KEY))
                                 for i in unrolled(DIMS_V // 8):
@@ -418,58 +491,53 @@ def make(tools: Any, config: Config) -> Any:
                                             )  # fmt: skip
                                         else:
                                             store_word(to + int64(i * 8 * OUT_BYTES), int32(0))
-                        go_on()
 
-            def await_first_keys():
-                wait(int32(shared + Q_FULL + 8 * q_stage), q_phase)
-                wait(int32(shared + K_FULL + 8 * stage), phase)
+            def begin():
+                begin_scores(
+                    scores, int32(q_places + q_stage * Q_STEP), int32(k_places + stage * K_STEP)
+                )
 
             find()
             if found:
-                await_first_keys()
-                begin_scores(
-                    scores,
-                    int32(q_places + q_stage * Q_STEP), int32(k_places + stage * K_STEP),
-                )  # fmt: skip
+                wait(int32(shared + K_FULL + 8 * stage), phase)
+                begin()
                 first_scores_ready(scores)
             while found:
                 if leader:
                     arrive(int32(shared + K_EMPTY + 8 * stage))
-                now_batch, now_head, now_row, now_split = batch, head, row_lo, split
+                now = note
                 row_hi = min(int32(row_lo + BLOCK_Q), seqlen_q)
-                lo, hi = common_interval(row_lo, row_hi, k_from, k_to, used_q, used_k)
+                lo, hi = common_interval(
+                    row_lo, row_hi, told(int32(note + 16)), told(int32(note + 20)),
+                    told(int32(note + 24)), told(int32(note + 28)),
+                )  # fmt: skip
                 all_lo, all_hi = int32(lo), int32(hi)
-                my_queries(row_lo, head)
+                my_queries(row_lo, told(int32(note + 8)))
                 for h in unrolled(2):
-                    lo, hi = row_interval(query[h], k_from, k_to, used_q, used_k)
-                    low[h], high[h] = int32(lo), int32(hi)
                     row_max[h], row_sum[h] = float32(NO_KEY), float32(0)
                 for i in unrolled(OUTPUTS):
                     outputs[i] = float32(0)
                 key = int32((key_hi - int32(1)) // int32(KEYS) * int32(KEYS))
                 if key < all_lo or int32(key + KEYS) > all_hi:
-                    hide(scores, key, column, low, high)
+                    hide(scores, key, query, note)
                 weigh(scores, row_max, row_sum, rescale, scale_log2)
                 for i in unrolled(WEIGHTS):
                     weights[i] = pack(scores[2 * i], scores[2 * i + 1])
 
                 while key > key_lo:
-                    before, phase_before = stage, phase
+                    wait(int32(shared + V_FULL + 8 * stage), phase)
+                    clear_unseen(int32(shared + V_AT + stage * V_BYTES), key, key_lo, key_hi)
+                    before = stage
                     advance(stage, phase, STAGES)
                     wait(int32(shared + K_FULL + 8 * stage), phase)
-                    begin_scores(
-                        scores,
-                        int32(q_places + q_stage * Q_STEP), int32(k_places + stage * K_STEP),
-                    )  # fmt: skip
-                    wait(int32(shared + V_FULL + 8 * before), phase_before)
-                    clear_unseen(int32(shared + V_AT + before * V_BYTES), key, key_lo, key_hi, mine)
+                    begin()
                     begin_outputs(outputs, weights, int32(v_places + before * V_STEP))
                     scores_ready(scores)
                     if leader:
                         arrive(int32(shared + K_EMPTY + 8 * stage))
                     key = int32(key - KEYS)
                     if key < all_lo or int32(key + KEYS) > all_hi:
-                        hide(scores, key, column, low, high)
+                        hide(scores, key, query, note)
                     weigh(scores, row_max, row_sum, rescale, scale_log2)
                     outputs_ready(outputs)
                     if leader:
@@ -483,25 +551,20 @@ def make(tools: Any, config: Config) -> Any:
                     arrive(int32(shared + Q_EMPTY + 8 * q_stage))
                 advance(q_stage, q_phase, Q_STAGES)
                 wait(int32(shared + V_FULL + 8 * stage), phase)
-                clear_unseen(int32(shared + V_AT + stage * V_BYTES), key, key_lo, key_hi, mine)
+                clear_unseen(int32(shared + V_AT + stage * V_BYTES), key, key_lo, key_hi)
                 begin_outputs(outputs, weights, int32(v_places + stage * V_STEP))
                 # The first scores of the next tile are made while the outputs of this one are
                 # finished and written; after the last tile nobody looks at what is made.
                 before = stage
                 advance(stage, phase, STAGES)
-                go_on()
                 find()
                 if found:
-                    await_first_keys()
-                begin_scores(
-                    scores,
-                    int32(q_places + q_stage * Q_STEP), int32(k_places + stage * K_STEP),
-                )  # fmt: skip
-                out_item = load_long(items + int64(now_batch) * int64(ITEM_BYTES) + int64(16))
-                my_queries(now_row, now_head)
+                    wait(int32(shared + K_FULL + 8 * stage), phase)
+                begin()
                 last_outputs_ready(outputs)
                 if leader:
                     arrive(int32(shared + V_EMPTY + 8 * before))
+                recall(now)
                 for h in unrolled(2):
                     row_sum[h] += swap_1(row_sum[h])
                     row_sum[h] += swap_2(row_sum[h])
@@ -510,7 +573,7 @@ def make(tools: Any, config: Config) -> Any:
                         factor = float32(1) / row_sum[h]
                         row_lse = fma(row_max[h], scale_log2, log2(row_sum[h])) * float32(LN_2)
                     if query[h] < seqlen_q:
-                        place(h, now_batch, now_split, out_item)
+                        place(h)
                         if lse != 0 and column == 0:
                             store_float(to_lse, row_lse)
                         write_row(h, outputs, factor, to, head_dim_v)

@@ -12,11 +12,18 @@ from fusedattn.cuda.inline import Block, Op
 # Where the shared memory of a kernel without variables of its own begins.
 SHARED_BASE = Op("mov.u32 $0, %reserved_smem_offset_end;", "r")
 
+# Asked anew where it is needed, the thread's number holds no register meanwhile.
+THREAD = Op("mov.u32 $0, %tid.x;", "r")
+
 LOAD_INT = Op("ld.global.b32 $0, [$1];", "r", "l")
 LOAD_LONG = Op("ld.global.b64 $0, [$1];", "l", "l")
 STORE_WORD = Op("st.global.b32 [$0], $1;", "", "lr")
 STORE_FLOAT = Op("st.global.f32 [$0], $1;", "", "lf")
 STORE_FLOATS = Op("st.global.v2.f32 [$0], {$1, $2};", "", "lff")
+LOAD_SHARED_INT = Op("ld.shared.b32 $0, [$1];", "r", "r")
+LOAD_SHARED_LONG = Op("ld.shared.b64 $0, [$1];", "l", "r")
+STORE_SHARED_LONG = Op("st.shared.b64 [$0], $1;", "", "rl")
+STORE_SHARED_INT = Op("st.shared.b32 [$0], $1;", "", "rr")
 STORE_SHARED_ZEROS = Op("st.shared.v4.b32 [$0], {0, 0, 0, 0};", "", "r")
 
 # base 2, 2 ulp, tiny results become 0
