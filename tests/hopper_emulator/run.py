@@ -69,6 +69,8 @@ class Emulator:
         """Value of a register that can only be read."""
         if name == "reserved_smem_offset_end":
             return SHARED_BASE
+        if name == "tid.x":
+            return self.machine.current.index
         raise Fault(f"the emulator knows no register %{name}")
 
     def launch(self, kernel, grid, config, memory, arguments, seed):
