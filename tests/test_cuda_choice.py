@@ -377,10 +377,13 @@ def test_aux_arrays_reach_a_gpu_from_there_and_from_host_memory(launches):
         step(q, q, q, score_mod_aux=aux[:2])
     memory = np.zeros_like(Q)
     options = {"score_mod": scaled, "out": Lent(memory)}
-    for start in (0, 4):  # the kind is known the second time
-        with pytest.raises(ValueError, match=r"out .* shares memory with score_mod_aux\[0\]"):
-            aux = (Lent(memory.ravel()[start : start + 5]),)
-            fusedattn.attention(q, q, q, score_mod_aux=aux, **options)
+    near, far = (Lent(memory.ravel()[:5]),), (Lent(Q.ravel()[:5]),)
+    message = r"out .* shares memory with score_mod_aux\[0\]"
+    with pytest.raises(ValueError, match=message):
+        fusedattn.attention(q, q, q, score_mod_aux=near, **options)
+    fusedattn.attention(q, q, q, score_mod_aux=far, **options)  # the kind is known from here on
+    with pytest.raises(ValueError, match=message):
+        fusedattn.attention(q, q, q, score_mod_aux=near, **options)
 
 
 def test_a_plan_on_a_gpu_refuses_a_function_that_has_changed(launches, monkeypatch):

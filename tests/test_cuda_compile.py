@@ -16,7 +16,7 @@ PACKAGES = {"numba-cuda-mlir": "numba_cuda_mlir", "numba-cuda": "numba_cuda"}
 SCRIPT = Path(__file__).with_name("cuda_compile.py")
 
 
-def compiled(compiler, chip, *kernels):
+def compiled(compiler, *arguments, script=SCRIPT):
     """Reports of some kernels, from a process of its own: two compilers do not share one."""
     for package in (PACKAGES[compiler], "cuda.bindings"):
         pytest.importorskip(package.partition(".")[0])
@@ -25,7 +25,7 @@ def compiled(compiler, chip, *kernels):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     environment.pop("NUMBA_ENABLE_CUDASIM", None)
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), compiler, chip, *kernels],
+        [sys.executable, str(script), compiler, *arguments],
         capture_output=True,
         text=True,
         env=environment,
