@@ -33,6 +33,8 @@ _DTYPES = {
     (2, 64): np.dtype(np.float64),
     (4, 16): np.dtype(ml_dtypes.bfloat16),
     (6, 8): np.dtype(np.bool_),
+    **{(0, bits): np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{(1, bits): np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
 }
 
 
@@ -40,7 +42,7 @@ class View(NamedTuple):
     """What is known about an array on a GPU."""
 
     shadow: Array  # shape, strides, dtype and address; not to be read
-    device: int
+    device: int | None  # None: an array in host memory, which may be read
     keep: Any  # holds on to the memory
 
 
@@ -109,7 +111,9 @@ def view(name: str, array: Any, stream: int) -> View:
 
 
 def _view_torch(array: Any) -> View:
-    dtype = _torch_dtypes()[array.dtype]
+    dtype = _torch_dtypes().get(array.dtype)
+    if dtype is None:
+        raise TypeError(f"an array must have dtype {checks.FLOAT_NAMES}, but is {array.dtype}")
     size = dtype.itemsize
     strides = [step * size for step in array.stride()]
     shadow = _shadow(array.data_ptr(), array.shape, strides, dtype)
@@ -120,8 +124,8 @@ def _torch_dtypes() -> dict[Any, np.dtype[Any]]:
     global _torch
     if _torch is None:
         torch = sys.modules["torch"]
-        names = ("float16", "bfloat16", "float32", "float64", "bool")
-        _torch = {getattr(torch, name): np.dtype(name) for name in names}
+        known = {dtype.name: dtype for dtype in _DTYPES.values()}
+        _torch = {getattr(torch, n): dtype for n, dtype in known.items() if hasattr(torch, n)}
     return _torch
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 import threading
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fusedattn import arrays, checks, dispatch
-from fusedattn.arrays import Array, Kind
+from fusedattn.arrays import Array, Kind, View
+from fusedattn.functions import fingerprint, plain_function
 from fusedattn.problem import AttentionProblem
 
 # Kinds of calls to remember, each with its prepared launch.
@@ -24,6 +25,15 @@ CAPACITY = 256
 _INPUTS = ("q", "k", "v", "mask", "bias", "alibi_slopes", "sinks")
 _OPERANDS = {**{name: name for name in _INPUTS}, "alibi_slopes": "slopes", "out": "out"}
 _NAMES = tuple(_OPERANDS.items())
+
+
+class Aux(NamedTuple):
+    """The arrays of a score_mod: on the GPU, or in host memory, whence each call copies them."""
+
+    kinds: list[Kind]
+    on_gpu: dict[str, Any]  # by the names of messages
+    addresses: dict[str, int]  # by the kernels' names
+    in_host: dict[str, Array]  # dense, in C order
 
 
 class DevicePlan:
@@ -38,11 +48,6 @@ class DevicePlan:
             raise NotImplementedError(
                 f"backend {call.backend!r} takes arrays in host memory, but q lies on a GPU"
             )
-        for name in ("score_mod", "block_mask"):
-            if getattr(call, name) is not None:  # before anybody reads what it carries along
-                raise NotImplementedError(
-                    f"backend 'cuda' not able to run this: no {name} on a GPU yet"
-                )
         stream = arrays.stream_of(call.q, call.stream)
         self._kinds, _ = _described(_operands_of(call), stream)
         views = {
@@ -50,11 +55,22 @@ class DevicePlan:
             for name in _OPERANDS
             if (array := getattr(call, name)) is not None
         }
+        shadows = {name: seen.shadow for name, seen in views.items()}
+        self._score_mod, self._computes = call.score_mod, _computes(call.score_mod)
+        aux: Any = call.score_mod_aux
+        if isinstance(aux, (tuple, list)):  # or a check will name it
+            self._aux_kinds = _aux_of(aux, stream).kinds
+            seen_aux = [_view_aux(name, array, stream) for name, array in _named_aux(aux)]
+            views |= {
+                f"score_mod_aux[{i}]": seen
+                for i, seen in enumerate(seen_aux)
+                if seen.device is not None
+            }
+            aux = tuple(seen.shadow for seen in seen_aux)
         devices = {name: seen.device for name, seen in views.items()}
         if len(set(devices.values())) > 1:
             raise ValueError(f"all arrays must lie on one GPU, but lie on {devices}")
-        shadows = {name: seen.shadow for name, seen in views.items()}
-        problem = call._replace(stream=None, **shadows).problem()
+        problem = call._replace(stream=None, score_mod_aux=aux, **shadows).problem()
         backend: Any = dispatch.choose(problem, "cuda")
         reasons = backend.unsuitable(problem)
         if reasons:
@@ -70,6 +86,8 @@ class DevicePlan:
             self._prepared = backend.prepare_on(problem, devices["q"])
         # Where the elements of each array lie, relative to the first.
         self._reach = {_OPERANDS[name]: _reach(shadow) for name, shadow in shadows.items()}
+        for i, shadow in enumerate(aux):
+            self._reach[_aux_name(i)] = _reach(shadow)
 
     def __call__(
         self,
@@ -77,6 +95,7 @@ class DevicePlan:
         k: Any,
         v: Any,
         *,
+        score_mod_aux: Any = (),
         mask: Any = None,
         bias: Any = None,
         alibi_slopes: Any = None,
@@ -90,7 +109,7 @@ class DevicePlan:
         ------
         ValueError
             If an array differs from the planned one in shape, strides, dtype, GPU or alignment, or
-            is given where it was not, or the reverse.
+            is given where it was not, or the reverse; or if the score_mod has changed.
         """
         operands = (q, k, v, mask, bias, alibi_slopes, sinks, out)
         number = arrays.stream_of(q, stream)
@@ -100,22 +119,32 @@ class DevicePlan:
                 if kind != planned:
                     was = _told(planned)
                     raise ValueError(f"{name} is {_told(kind)}, but when planned was {was}")
-        return self.run(operands, addresses, number)
+        aux = _aux_of(score_mod_aux, number)
+        if aux.kinds != self._aux_kinds:
+            told, was = (", ".join(map(_told, some)) for some in (aux.kinds, self._aux_kinds))
+            raise ValueError(f"score_mod_aux is ({told}), but when planned was ({was})")
+        if self._score_mod is not None and _computes(self._score_mod) != self._computes:
+            raise ValueError("score_mod, or a number that it reads, was another one when planned")
+        return self.run(operands, addresses, aux, number)
 
-    def run(self, operands: tuple[Any, ...], addresses: dict[str, int], stream: int) -> Any:
+    def run(
+        self, operands: tuple[Any, ...], addresses: dict[str, int], aux: Aux, stream: int
+    ) -> Any:
         """Compute a call of this kind; ``operands`` are its arrays, in the order of the names."""
+        addresses |= aux.addresses
         q, out, lse = operands[0], operands[-1], None
         if out is None:
             out = arrays.empty_like(q, self._out_shape, self._out_dtype)
             addresses["out"] = arrays.address_of(out, stream)
         elif self._may_overlap(addresses):
-            _check_overlap(operands, stream)
+            _check_overlap(operands, aux, stream)
         if self._lse_shape is not None:
             lse = arrays.empty_like(q, self._lse_shape, self._lse_dtype)
             addresses["lse"] = arrays.address_of(lse, stream)
         if self._prepared is not None:
             with self._prepared.where.current():
-                self._prepared.run(addresses, stream)
+                # A kernel without functions of the user's has nothing in host memory.
+                self._prepared.run(addresses, stream, *([aux.in_host] if aux.in_host else []))
         return out if lse is None else (out, lse)
 
     def _may_overlap(self, addresses: dict[str, int]) -> bool:
@@ -128,10 +157,11 @@ class DevicePlan:
         return False
 
 
-def _check_overlap(operands: tuple[Any, ...], stream: int) -> None:
+def _check_overlap(operands: tuple[Any, ...], aux: Aux, stream: int) -> None:
+    given = dict(zip(_OPERANDS, operands, strict=True)) | aux.on_gpu
     shadows = {
         name: arrays.view(name, array, stream).shadow
-        for name, array in zip(_OPERANDS, operands, strict=True)
+        for name, array in given.items()
         if array is not None
     }
     out = shadows.pop("out")
@@ -151,10 +181,47 @@ def _described(operands: tuple[Any, ...], stream: int) -> tuple[list[Kind | None
     return kinds, addresses
 
 
+def _aux_name(i: int) -> str:
+    return f"score_mod_aux_{i}"
+
+
+def _named_aux(aux: Any) -> list[tuple[str, Any]]:
+    return [(f"score_mod_aux[{i}]", array) for i, array in enumerate(aux)]
+
+
+def _view_aux(name: str, array: Any, stream: int) -> View:
+    """View an array of the score_mod: where it lies, or in C order from host memory."""
+    if arrays.on_gpu(array):
+        return arrays.view(name, array, stream)
+    return View(np.asarray(checks.plain_array(name, array), order="C"), None, array)
+
+
+def _aux_of(aux: Any, stream: int) -> Aux:
+    """Describe the arrays of the score_mod."""
+    found = Aux([], {}, {}, {})
+    for i, (name, array) in enumerate(_named_aux(aux) if isinstance(aux, (tuple, list)) else ()):
+        if arrays.on_gpu(array):
+            found.on_gpu[name] = array
+            kind, found.addresses[_aux_name(i)] = arrays.described(name, array, stream)
+        else:
+            held = found.in_host[_aux_name(i)] = _view_aux(name, array, stream).shadow
+            kind = (held.shape, held.strides, held.dtype, None, 0)
+        found.kinds.append(kind)
+    return found
+
+
+def _computes(score_mod: Any) -> Any:
+    """Return all that the results of a score_mod depend on; None without one."""
+    plain = plain_function(score_mod)
+    return None if plain is None else fingerprint(plain, "score_mod")
+
+
 def _told(kind: Kind | None) -> str:
     if kind is None:
         return "not given"
     shape, strides, dtype, device, rest = kind
+    if device is None:
+        return f"an array of dtype {dtype} and shape {shape} in host memory"
     return (
         f"an array of dtype {dtype}, shape {tuple(shape)} and strides {tuple(strides)} on device "
         f"{device}, {rest} bytes past a multiple of {arrays.ALIGNED}"
@@ -181,7 +248,8 @@ def run(call: Any) -> Any:
     stream = arrays.stream_of(call.q, call.stream)
     operands = _operands_of(call)
     kinds, addresses = _described(operands, stream)
-    key = _key(call, kinds)
+    aux = _aux_of(call.score_mod_aux, stream)
+    key = _key(call, [*kinds, *aux.kinds])
     try:
         plan = _plans.get(key)
     except TypeError:  # an argument without a hash, such as a list: a check will name it
@@ -193,18 +261,23 @@ def run(call: Any) -> Any:
                 while len(_plans) >= CAPACITY:
                     del _plans[next(iter(_plans))]
                 _plans[key] = plan
-    return plan.run(operands, addresses, stream)
+    return plan.run(operands, addresses, aux, stream)
 
 
 def _key(call: Any, kinds: list[Any]) -> Any:
     """All that decides how a call is run; None where contents of other arrays decide too."""
     if not (call.q_offset is call.seqused_q is call.seqused_k is None):
         return None
+    # Not the score_mod counts but what it computes, which follows the globals that it reads; a
+    # block mask itself, because what it holds never changes.
+    computes = _computes(call.score_mod)
+    if computes is None and call.score_mod is not None:
+        return None  # no function: a check will name it
     # Types stand beside values because 1 == True == 1.0, and not all of them are accepted.
     options = (
         *(call.scale, call.causal, call.window_size, call.softcap, call.dropout_p, call.seed),
-        *(call.layout, call.return_lse, call.out_dtype, call.backend, call.score_mod_aux),
-        *(call.score_mod, call.block_mask),
+        *(call.layout, call.return_lse, call.out_dtype, call.backend, type(call.score_mod_aux)),
+        *(computes, call.block_mask),
     )
     return (*kinds, *options, *map(type, options), *map(type, call.window_size or ()))
 

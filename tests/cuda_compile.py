@@ -4,9 +4,13 @@ Prints what the assembler said about each, as JSON.
 """
 
 import json
+import math
 import re
 import sys
 
+import numpy as np
+
+from fusedattn import make_block_mask, make_problem
 from fusedattn.cuda import combine, compiler, hopper, params, portable, simt, tensor_cores
 
 PLAIN = (None, None, None, False, False, False)
@@ -38,12 +42,44 @@ def kernels():
     for real, out_storage in (("float32", "bfloat16"), ("float64", "float64")):
         config = combine.Config(real, out_storage, *combine._ON_GPU)
         made[f"combine-{out_storage}"] = combine.kernel_of(config)
+    for name, options in functions().items():
+        problem = make_problem(*OPERANDS, **options)
+        config = portable.config_of(problem, portable.tile_of(problem))
+        made[f"simt-{name}"] = portable.kernel_of(config)
     return made
+
+
+OPERANDS = tuple(np.zeros((2, heads, 100, 64), np.float32) for heads in (4, 2, 2))
+
+
+def functions():
+    """A score_mod and a block mask, as options of a call."""
+    document, table = np.arange(100) // 30, np.zeros((4, 200), np.float16)
+
+    def near(batch, head, q_idx, k_idx):
+        return abs(q_idx - k_idx) < 9 * (head + 1)
+
+    def same(batch, head, q_idx, k_idx, document):
+        return document[q_idx] == document[k_idx]
+
+    def relative(score, batch, head, q_idx, k_idx, table):
+        return math.tanh(score) + table[head, q_idx - k_idx]
+
+    mask = make_block_mask(near, None, 4, 100, 100, block=(16, 8))
+    mask &= ~make_block_mask(same, None, None, 100, 100, aux=(document,), block=(16, 8))
+    return {
+        "score-mod": {"score_mod": relative, "score_mod_aux": (table,)},
+        "block-mask": {"block_mask": mask},
+    }
 
 
 def report(name, kernel, chip):
     """Compile, and read the assembler's report."""
-    log = compiler.build(kernel, chip, compiler.toolchain(name)).log
+    return said(compiler.build(kernel, chip, compiler.toolchain(name)).log)
+
+
+def said(log):
+    """Return what the assembler said."""
     number = {
         "stack": r"(\d+) bytes stack frame",
         "spills": r"(\d+) bytes spill stores",

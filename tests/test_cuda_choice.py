@@ -8,8 +8,15 @@ import numpy as np
 import pytest
 
 import fusedattn
-from fusedattn import arrays, device_plan, dispatch, kernel_files, make_block_mask
-from fusedattn.cuda import compiler, driver
+from fusedattn import (
+    arrays,
+    device_plan,
+    dispatch,
+    kernel_files,
+    make_block_mask,
+    make_problem,
+)
+from fusedattn.cuda import compiler, driver, portable
 from fusedattn.cuda.params import compact, span_of
 from fusedattn.cuda.unroll import inlined, unroll, unrolled
 
@@ -239,24 +246,6 @@ def test_an_array_in_host_memory_is_not_taken_for_one_on_a_gpu():
     assert arrays.on_gpu(on_gpu)
 
 
-@pytest.fixture
-def functions():
-    """A score_mod and a block mask for Q."""
-    return {
-        "score_mod": lambda score, batch, head, q_idx, k_idx: score + 1,
-        "block_mask": make_block_mask(lambda batch, head, q_idx, k_idx: q_idx >= k_idx, 1, 1, 8, 8),
-    }
-
-
-@pytest.mark.parametrize("name", ["score_mod", "block_mask"])
-def test_functions_of_the_users_are_named_as_reasons(functions, monkeypatch, name):
-    monkeypatch.setenv(compiler.VARIABLE, "simulator")
-    options = {name: functions[name]}
-    assert fusedattn.explain(Q, Q, Q).reasons["cuda"] == []
-    with pytest.raises(NotImplementedError, match=f"no {name} on a GPU yet"):
-        fusedattn.attention(Lent(Q), Lent(Q), Lent(Q), **options)
-
-
 def test_gradients_are_refused_with_a_reason(monkeypatch):
     monkeypatch.setenv(compiler.VARIABLE, "simulator")
     out, lse = fusedattn.attention(Q, Q, Q, return_lse=True)
@@ -278,8 +267,9 @@ class Launches:
         self.prepared += 1
         return self
 
-    def run(self, addresses, stream):
+    def run(self, addresses, stream, in_host=None):
         self.started.append((addresses, stream))
+        self.in_host = in_host or {}
 
 
 class Lent:
@@ -331,3 +321,116 @@ def test_an_output_on_a_gpu_must_not_overlap_an_input(launches):
     fusedattn.attention(q, k, k, out=out)  # the kind is known from here on
     with pytest.raises(ValueError, match=r"out must not overlap an input, .* shares memory with q"):
         fusedattn.attention(q, k, k, out=Lent(memory[0]))
+
+
+FACTOR = 1.0
+
+
+def scaled(score, batch, head, q_idx, k_idx, *tables):
+    return score * FACTOR
+
+
+def test_a_call_on_a_gpu_is_prepared_anew_for_what_its_function_computes(launches, monkeypatch):
+    q = Lent(Q)
+
+    def prepared(**options):
+        before = launches.prepared
+        fusedattn.attention(q, q, q, **options)
+        return launches.prepared - before
+
+    table, other = np.zeros((3, 4)), np.zeros((3, 5))
+    assert prepared() == 1
+    for factor in (1.0, 2.0):
+        monkeypatch.setitem(globals(), "FACTOR", factor)
+        assert [prepared(score_mod=scaled) for _ in range(2)] == [1, 0]
+        # The same code in another object computes the same.
+        again = types.FunctionType(scaled.__code__, globals())
+        assert prepared(score_mod=again) == 0
+    small = table.astype(np.int8)
+    for aux in ((table,), (other,), (other, table), (small,), (Lent(table),), (Lent(small),)):
+        options = {"score_mod": scaled, "score_mod_aux": aux}
+        assert [prepared(**options) for _ in range(2)] == [1, 0]
+    # Whatever the strides in host memory were, the copy has none.
+    assert prepared(score_mod=scaled, score_mod_aux=(np.zeros((4, 3)).T,)) == 0
+    masks = [make_block_mask(lambda b, h, q, k: q >= k, None, None, 8, 8) for _ in range(2)]
+    assert [prepared(block_mask=masks[i]) for i in (0, 0, 1, 0)] == [1, 0, 1, 0]
+    assert prepared(block_mask=masks[0], score_mod=scaled) == 1
+
+
+def test_aux_arrays_reach_a_gpu_from_there_and_from_host_memory(launches):
+    q, on_gpu, table = Lent(Q), Lent(np.zeros(3)), np.arange(12.0).reshape(3, 4).T
+    aux = (on_gpu, table, np.array(3, np.int8))
+    step = fusedattn.plan(q, q, q, score_mod=scaled, score_mod_aux=aux)
+    for call in (fusedattn.attention, step):
+        keywords = {"score_mod": scaled} if call is fusedattn.attention else {}
+        call(q, q, q, score_mod_aux=aux, **keywords)
+        addresses, _ = launches.started[-1]
+        first = on_gpu.array.__array_interface__["data"][0]
+        assert addresses["score_mod_aux_0"] == first
+        assert list(launches.in_host) == ["score_mod_aux_1", "score_mod_aux_2"]
+        np.testing.assert_array_equal(launches.in_host["score_mod_aux_1"], table)
+        assert launches.in_host["score_mod_aux_1"].flags.c_contiguous
+        assert launches.in_host["score_mod_aux_2"].shape == ()
+    with pytest.raises(
+        ValueError, match=r"score_mod_aux is \(.*\), but when planned was \(.*in hos"
+    ):
+        step(q, q, q, score_mod_aux=aux[:2])
+    memory = np.zeros_like(Q)
+    options = {"score_mod": scaled, "out": Lent(memory)}
+    near, far = (Lent(memory.ravel()[:5]),), (Lent(Q.ravel()[:5]),)
+    message = r"out .* shares memory with score_mod_aux\[0\]"
+    with pytest.raises(ValueError, match=message):
+        fusedattn.attention(q, q, q, score_mod_aux=near, **options)
+    fusedattn.attention(q, q, q, score_mod_aux=far, **options)  # the kind is known from here on
+    with pytest.raises(ValueError, match=message):
+        fusedattn.attention(q, q, q, score_mod_aux=near, **options)
+
+
+def test_a_plan_on_a_gpu_refuses_a_function_that_has_changed(launches, monkeypatch):
+    q = Lent(Q)
+    step = fusedattn.plan(q, q, q, score_mod=scaled)
+    step(q, q, q)
+    monkeypatch.setitem(globals(), "FACTOR", 3.0)
+    with pytest.raises(ValueError, match="score_mod, or a number that it reads"):
+        step(q, q, q)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"score_mod": 3}, "score_mod must be a Python function"),
+        ({"score_mod": scaled, "score_mod_aux": 3}, "score_mod_aux must be a tuple of arrays"),
+        ({"score_mod": scaled, "score_mod_aux": (3,)}, r"score_mod_aux\[0\] must be a numpy.ndarr"),
+        ({"block_mask": Q > 0}, "block_mask must be a BlockMask"),
+    ],
+)
+def test_mistakes_in_functions_are_told_on_a_gpu_after_a_call_without_them(
+    launches, options, message
+):
+    q = Lent(Q)
+    fusedattn.attention(q, q, q)
+    for _ in range(2):
+        with pytest.raises(TypeError, match=message):
+            fusedattn.attention(q, q, q, **options)
+
+
+def test_kept_code_is_named_for_what_functions_compute(monkeypatch):
+    def path(**options):
+        problem = make_problem(Q, Q, Q, **options)
+        config = portable.config_of(problem, portable.tile_of(problem))
+        kernel = portable.kernel_of(config)
+        assert hash(kernel) == hash(portable.kernel_of(config))
+        return compiler.cubin_path(kernel, "sm_80", "numba-cuda-mlir")
+
+    def masked(function):
+        return path(block_mask=make_block_mask(function, None, None, 8, 8))
+
+    one, other = np.zeros(3), np.zeros((3, 1))
+    paths = [path()]
+    for factor in (1.0, 2.0):
+        monkeypatch.setitem(globals(), "FACTOR", factor)
+        again = types.FunctionType(scaled.__code__, globals())
+        assert path(score_mod=scaled) == path(score_mod=again)
+        paths += [path(score_mod=scaled, score_mod_aux=aux) for aux in ((), (one,), (other,))]
+    paths += [masked(lambda b, h, q, k: q >= k), masked(lambda b, h, q, k: q > k)]
+    assert len(set(paths)) == len(paths)

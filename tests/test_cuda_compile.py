@@ -1,13 +1,16 @@
 """CUDA kernels compile without a GPU to code that keeps its arrays in registers."""
 
 import importlib.util
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from test_user_function_errors import MISTAKES
 
 from fusedattn.cuda import hopper, ptx, tensor_cores
 from fusedattn.cuda.inline import Block
@@ -16,7 +19,7 @@ PACKAGES = {"numba-cuda-mlir": "numba_cuda_mlir", "numba-cuda": "numba_cuda"}
 SCRIPT = Path(__file__).with_name("cuda_compile.py")
 
 
-def compiled(compiler, chip, *kernels):
+def compiled(compiler, *arguments, script=SCRIPT):
     """Reports of some kernels, from a process of its own: two compilers do not share one."""
     for package in (PACKAGES[compiler], "cuda.bindings"):
         pytest.importorskip(package.partition(".")[0])
@@ -25,7 +28,7 @@ def compiled(compiler, chip, *kernels):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     environment.pop("NUMBA_ENABLE_CUDASIM", None)
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), compiler, chip, *kernels],
+        [sys.executable, str(script), compiler, *arguments],
         capture_output=True,
         text=True,
         env=environment,
@@ -71,11 +74,35 @@ def test_kernels_for_few_queries_keep_everything_in_registers(compiler):
 @each_compiler
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90a"])
 def test_portable_kernels_keep_everything_in_registers(compiler, chip):
-    for name, report in compiled(
-        compiler, chip, "simt-many-plain-float32", "combine-bfloat16"
-    ).items():
+    of_the_user = "simt-score-mod" if chip == "sm_80" else "simt-block-mask"
+    names = ("simt-many-plain-float32", "combine-bfloat16", of_the_user)
+    for name, report in compiled(compiler, chip, *names).items():
         assert (report["stack"], report["spills"], report["warnings"]) == (0, 0, []), name
         assert report["registers"] <= 255
+
+
+@each_compiler
+def test_functions_of_the_users_compile_and_their_mistakes_are_told(compiler):
+    reports = compiled(compiler, script=SCRIPT.with_name("cuda_user_compile.py"))
+    mistakes = {function.__name__: function for function in MISTAKES}
+    assert set(mistakes) < set(reports)
+    for name, report in reports.items():
+        if name not in mistakes:
+            assert (report["stack"], report["spills"], report["warnings"]) == (0, 0, []), name
+            continue
+        function = mistakes[name]
+        kind, message = MISTAKES[function]
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        assert report["error"] in {one.__name__ for one in kinds}
+        assert len(report["told"]) < 600
+        code = function.__code__
+        place = f'File "{code.co_filename}", line {code.co_firstlineno}'
+        assert report["told"].startswith(f"score_mod {name} ({place})"), report["told"]
+        if compiler == "numba-cuda" and "{" in message:
+            continue  # its messages have no lines
+        lines, first = inspect.getsourcelines(function)
+        message = message.format(last=first + len(lines) - 1, second=first + 1)
+        assert re.search(f"(?is){message}", report["told"]), report["told"]
 
 
 @pytest.mark.deep
@@ -87,7 +114,8 @@ def test_other_portable_kernels_keep_everything_in_registers(compiler):
         for storage in ("float32", "bfloat16")
     ]
     names += ["simt-double", "simt-split", "combine-float64"]
-    for name, report in compiled(compiler, "sm_80", *names).items():
+    reports = compiled(compiler, "sm_80", *names, "simt-block-mask")
+    for name, report in (reports | compiled(compiler, "sm_90a", "simt-score-mod")).items():
         assert (report["stack"], report["spills"], report["warnings"]) == (0, 0, []), name
 
 

@@ -1,9 +1,15 @@
 """The portable CUDA kernel keeps the laws, in Numba's simulator; no GPU needed."""
 
+import importlib
+import time
+import types
+
+import numpy as np
 import pytest
 from hypothesis import settings
 
 import fusedattn
+from fusedattn.cuda import compiler
 from fusedattn.testing import EVERYTHING
 from fusedattn.testing.suite import make_suite
 
@@ -41,3 +47,24 @@ TestSimulator = make_suite(
     domain=small,
     max_examples=EXAMPLES,
 )
+
+
+def test_threads_of_a_block_share_their_arrays(monkeypatch):
+    tools = compiler.toolchain()
+    cuda, found = tools.cuda, []
+
+    def slow(*arguments):
+        time.sleep(1e-3)  # others run meanwhile
+        return np.empty(*arguments)
+
+    slowly = types.ModuleType("numpy")
+    slowly.__dict__.update(np.__dict__, empty=slow)
+    monkeypatch.setattr(importlib.import_module("numba.cuda.simulator.kernelapi"), "np", slowly)
+
+    def kernel(out):
+        found.append(cuda.shared.array(4, np.int64))
+        cuda.syncthreads()
+
+    tools.cuda.jit(tools.quiet(kernel))[1, 8](np.zeros(1))
+    assert len(found) == 8
+    assert all(one is found[0] for one in found)

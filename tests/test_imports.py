@@ -56,7 +56,7 @@ MAY_IMPORT = {
     "dispatch": {"checks", "problem", "cpu", "cuda", "blocked", "reference", "undisturbed"},
     "plan": {"block_mask", "checks", "dispatch", "functions", "problem"},
     "arrays": {"checks"},
-    "device_plan": {"arrays", "checks", "dispatch", "problem"},
+    "device_plan": {"arrays", "checks", "dispatch", "functions", "problem"},
     "api": {
         "arrays",
         "block_mask",

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fusedattn import kernel_files
+from fusedattn.cuda.simulator import Simulator
 from fusedattn.cuda.toolchains import (
     MLIR,
     NAMES,
@@ -35,7 +36,6 @@ from fusedattn.cuda.toolchains import (
     SIMULATOR,
     Mlir,
     NumbaCuda,
-    Simulator,
     Toolchain,
 )
 from fusedattn.cuda.unroll import unroll

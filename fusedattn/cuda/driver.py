@@ -251,6 +251,15 @@ def scratch(where: Device, size: int, stream: int) -> Iterator[int]:
         check(api().cuMemFreeAsync(address, stream))
 
 
+@contextlib.contextmanager
+def copied(where: Device, array: NDArray[Any], stream: int) -> Iterator[int]:
+    """Lend a copy of an array, dense in C order; the array may be written again at once."""
+    with scratch(where, array.nbytes, stream) as address:
+        if array.nbytes:  # from pageable memory the call returns when all of it is read
+            check(api().cuMemcpyHtoDAsync(address, array.ctypes.data, array.nbytes, stream))
+        yield address
+
+
 def upload(where: Device, array: NDArray[Any], stream: int = 0) -> Memory:
     """Copy a contiguous array to a GPU; it may be written again as soon as this returns."""
     memory = Memory(where, array.nbytes)

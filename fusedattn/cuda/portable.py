@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 from typing import Any
@@ -22,7 +23,7 @@ from fusedattn.cuda.params import (
     span_of,
     word_table,
 )
-from fusedattn.cuda.toolchains import Simulator
+from fusedattn.cuda.simulator import Simulator
 from fusedattn.problem import AttentionProblem, Lengths
 
 Array = NDArray[Any]
@@ -210,16 +211,24 @@ class Prepared:
         grid, block = grid_of(problem, config), (config.columns, config.rows)
         self._launch = Launch(kernel_of(config), where, grid, block, arguments)
 
-    def run(self, addresses: dict[str, int], stream: int) -> None:
-        """Start the kernel on arrays at these addresses; its context is current."""
-        known = {**addresses, "words": self._words.address, "reals": self._reals.address}
-        if self._functions is not None:
-            known |= self._functions.addresses(addresses)
-        if self._combine is None:
-            self._launch.run(known, stream)
-            return
-        sizes = self._combine.sizes
-        with driver.scratch(self.where, sum(sizes), stream) as scratch:
-            known |= {"out": scratch, "lse": scratch + sizes[0]}
-            self._launch.run(known, stream)
+    def run(
+        self, addresses: dict[str, int], stream: int, in_host: dict[str, Array] | None = None
+    ) -> None:
+        """Start the kernel on arrays at these addresses; its context is current.
+
+        Arrays `in_host` memory, dense in C order, are copied first: they may be written again as
+        soon as this returns.
+        """
+        with contextlib.ExitStack() as stack:
+            known = {**addresses, "words": self._words.address, "reals": self._reals.address}
+            for name, array in (in_host or {}).items():
+                known[name] = stack.enter_context(driver.copied(self.where, array, stream))
+            if self._functions is not None:
+                known |= self._functions.addresses(known)
+            if self._combine is None:
+                self._launch.run(known, stream)
+                return
+            sizes = self._combine.sizes
+            scratch = stack.enter_context(driver.scratch(self.where, sum(sizes), stream))
+            self._launch.run({**known, "out": scratch, "lse": scratch + sizes[0]}, stream)
             self._combine.run(scratch, addresses, stream)

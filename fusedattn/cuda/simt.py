@@ -111,10 +111,11 @@ def make(tools: Any, config: Config) -> Any:
     has_bias, has_mask, has_dropout = config.bias is not None, config.mask, config.dropout
     has_softcap, has_slopes = config.softcap, config.slopes is not None
     has_sinks, has_splits, SPLIT = config.sinks is not None, config.split > 0, config.split
-    has_score_mod = has_block_mask = False
+    of_user = user.DeviceFunctions(None, None, None, None)
     if config.functions is not None:
-        modify, shows, kind_at, keys_of = user.device_functions(tools, config.functions, real)
-        has_score_mod, has_block_mask = modify is not None, shows is not None
+        of_user = user.device_functions(tools, config.functions, real)
+    modify, shows, kind_at, keys_of = of_user
+    has_score_mod, has_block_mask = modify is not None, shows is not None
     SKIP, FULL = masks.SKIP, masks.FULL
     plain = not (has_bias or has_mask or has_dropout or has_score_mod)
     COLUMNS, THREADS = config.columns, config.threads

@@ -1,6 +1,7 @@
-"""The three toolchains, each behind the same few methods.
+"""What kernels are given by a toolchain, and the two compilers behind it.
 
-Chosen by `fusedattn.cuda.compiler`; nothing else imports one.
+Chosen by `fusedattn.cuda.compiler`; but for `tables_mlir` and `tables_numba` beside it, nothing
+else imports one. The third is `fusedattn.cuda.simulator`.
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -9,8 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from types import FunctionType, ModuleType, SimpleNamespace
@@ -57,112 +56,6 @@ class Toolchain(Protocol):
 
     def result_of(self, function: Any, arguments: tuple[Any, ...]) -> Any:
         """Compile what `device` returned for some types, and return the type of its result."""
-
-
-# The simulator's module: while a kernel runs, Numba puts another in the place of this global.
-_simulated: Any = None
-
-
-class _Simulated:
-    """Looks up each name in the module that is in place just now."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(_simulated, name)
-
-
-class Simulator:
-    """Numba's CUDA simulator: kernels are plain Python, threads are threads."""
-
-    name = SIMULATOR
-    interprets = True
-    cuda: Any
-    types: Any
-
-    def __init__(self) -> None:
-        import numba
-        from numba.core import config
-
-        before = os.environ.get("NUMBA_ENABLE_CUDASIM")
-        os.environ["NUMBA_ENABLE_CUDASIM"] = "1"  # read when numba.cuda is imported, and no later
-        config.ENABLE_CUDASIM = True  # type: ignore[attr-defined]
-        try:
-            cuda = undisturbed(importlib.import_module, "numba.cuda")
-        finally:
-            del os.environ["NUMBA_ENABLE_CUDASIM"]
-            if before is not None:
-                os.environ["NUMBA_ENABLE_CUDASIM"] = before
-        if not hasattr(cuda, "simulator"):
-            raise RuntimeError(
-                "numba.cuda was imported without its simulator; set NUMBA_ENABLE_CUDASIM=1 first"
-            )
-        global _simulated
-        _simulated = cuda
-        self.cuda, self.types = _Simulated(), numba.types
-
-    def device(self, function: Callable[..., Any], **uses: Any) -> Any:
-        """Return the function: threads call it as it is."""
-        return function
-
-    @staticmethod
-    @contextlib.contextmanager
-    def awake() -> Iterator[None]:
-        """Let threads take turns quickly: the simulator polls while it waits for its threads."""
-        before = sys.getswitchinterval()
-        sys.setswitchinterval(5e-5)
-        try:
-            yield
-        finally:
-            sys.setswitchinterval(before)
-
-    @staticmethod
-    def quiet(kernel: Callable[..., Any]) -> Callable[..., Any]:
-        """Let the threads of a kernel compute without floating-point warnings, as GPUs do."""
-
-        def quietly(*arguments: Any) -> None:
-            with np.errstate(all="ignore"):
-                kernel(*arguments)
-
-        return quietly
-
-    def conversions(self) -> dict[str, Any]:
-        """Conversions of NumPy scalars."""
-
-        def half_to_float(bits: Any) -> Any:
-            return np.float32(np.uint16(bits).view(np.float16))
-
-        def float_to_half(x: Any) -> Any:
-            return np.float32(x).astype(np.float16).view(np.uint16)
-
-        return {
-            "float_as_int": lambda x: int(np.float32(x).view(np.int32)),
-            "int_as_float": lambda n: np.uint32(int(n) & 0xFFFFFFFF).view(np.float32),
-            "half_to_float": half_to_float,
-            "float_to_half": float_to_half,
-        }
-
-    def asm(self, op: Op | Block) -> Any:
-        """Refuse: nothing interprets PTX here."""
-        raise NotImplementedError("the simulator runs no PTX")
-
-    def ltoir(self, function: Any, signature: Any, chip: str, threads: int) -> bytes:
-        """Refuse: nothing is compiled here."""
-        raise NotImplementedError("the simulator compiles nothing")
-
-    def array_words(self, address: int, length: int, itemsize: int) -> tuple[int, ...]:
-        """Refuse: the simulator takes arrays themselves."""
-        raise NotImplementedError("the simulator takes NumPy arrays")
-
-    def table(self, kind: Kind, real: Any) -> Any:
-        """Hand on a `tables.HostTable`."""
-        return lambda table, *words: table
-
-    def table_type(self, kind: Kind, real: Any) -> Any:
-        """Refuse: nothing is compiled here."""
-        raise NotImplementedError("the simulator compiles nothing")
-
-    def result_of(self, function: Any, arguments: tuple[Any, ...]) -> Any:
-        """Refuse: nothing is compiled here."""
-        raise NotImplementedError("the simulator compiles nothing")
 
 
 class _Compiler:
