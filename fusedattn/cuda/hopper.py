@@ -124,6 +124,7 @@ def make(tools: Any, config: Config) -> Any:
     Q_PANEL, KV_PANEL = BLOCK_Q * ROW_BYTES, KEYS * ROW_BYTES
     Q_BYTES, K_BYTES, V_BYTES = config.q_bytes, config.k_bytes, config.v_bytes
     Q_STAGES, Q_STEP = config.q_stages, Q_BYTES >> 4
+    QUERIES_WAIT = Q_STAGES == 1
     K_AT = Q_STAGES * Q_BYTES
     V_AT = K_AT + STAGES * K_BYTES
     NOTE = V_AT + STAGES * V_BYTES
@@ -310,6 +311,8 @@ def make(tools: Any, config: Config) -> Any:
             if thread == 0:
                 # The first round of waits passes: nobody has used anything yet.
                 stage, phase, q_stage, q_phase = int32(0), int32(1), int32(0), int32(1)
+                v_stage, v_phase, v_waiting = int32(0), int32(1), False
+                v_key, v_head, v_batch = int32(0), int32(0), int32(0)
                 note = int32(shared + NOTE)
                 turn, round_lo = int32(cuda.blockIdx.x), int32(0)
                 tile = turn
@@ -359,8 +362,25 @@ def make(tools: Any, config: Config) -> Any:
                     tell(int32(note + 36), key_hi)
                     tell_long(int32(note + 40), load_long(item + int64(16)))
 
+                def load_values():
+                    nonlocal v_stage, v_phase, v_waiting
+                    if v_waiting:
+                        full = int32(shared + V_FULL + 8 * v_stage)
+                        wait(int32(shared + V_EMPTY + 8 * v_stage), v_phase)
+                        expect(full, int32(V_BYTES))
+                        for panel in unrolled(PANELS_V):
+                            load_tile(
+                                int32(shared + (V_AT + panel * KV_PANEL) + v_stage * V_BYTES),
+                                v_map, full, int32(panel * PANEL), v_key, v_head, v_batch,
+                            )  # fmt: skip
+                        advance(v_stage, v_phase, STAGES)
+                        v_waiting = False
+
+                # Values are needed a tile later than their keys, and are loaded after the next.
                 while tile < all_tiles:
                     locate()
+                    if QUERIES_WAIT:
+                        load_values()
                     full = int32(shared + Q_FULL + 8 * q_stage)
                     wait(int32(shared + Q_EMPTY + 8 * q_stage), q_phase)
                     announce()
@@ -385,15 +405,9 @@ def make(tools: Any, config: Config) -> Any:
                                 int32(shared + (K_AT + panel * KV_PANEL) + stage * K_BYTES),
                                 k_map, full, int32(panel * PANEL), key, head_kv, batch,
                             )  # fmt: skip
-                        full = int32(shared + V_FULL + 8 * stage)
-                        wait(int32(shared + V_EMPTY + 8 * stage), phase)
-                        expect(full, int32(V_BYTES))
-                        for panel in unrolled(PANELS_V):
-                            load_tile(
-                                int32(shared + (V_AT + panel * KV_PANEL) + stage * V_BYTES),
-                                v_map, full, int32(panel * PANEL), key, head_kv, batch,
-                            )  # fmt: skip
                         advance(stage, phase, STAGES)
+                        load_values()
+                        v_waiting, v_key, v_head, v_batch = True, key, head_kv, batch
                         key_hi = key
                         key = int32(key - KEYS)
                     # Tiles go from long to short: back and forth over the blocks, each has its
@@ -401,6 +415,7 @@ def make(tools: Any, config: Config) -> Any:
                     turn = int32(blocks - int32(1) - turn)
                     round_lo = int32(round_lo + blocks)
                     tile = int32(round_lo + turn)
+                load_values()
                 # There are no more.
                 wait(int32(shared + Q_EMPTY + 8 * q_stage), q_phase)
                 next_note(note)
@@ -525,12 +540,12 @@ def make(tools: Any, config: Config) -> Any:
                     weights[i] = pack(scores[2 * i], scores[2 * i + 1])
 
                 while key > key_lo:
-                    wait(int32(shared + V_FULL + 8 * stage), phase)
-                    clear_unseen(int32(shared + V_AT + stage * V_BYTES), key, key_lo, key_hi)
-                    before = stage
+                    before, phase_before = stage, phase
                     advance(stage, phase, STAGES)
                     wait(int32(shared + K_FULL + 8 * stage), phase)
                     begin()
+                    wait(int32(shared + V_FULL + 8 * before), phase_before)
+                    clear_unseen(int32(shared + V_AT + before * V_BYTES), key, key_lo, key_hi)
                     begin_outputs(outputs, weights, int32(v_places + before * V_STEP))
                     scores_ready(scores)
                     if leader:
