@@ -39,8 +39,8 @@ _SLOTS = (
 )  # fmt: skip
 _HEADER = len(_SLOTS)  # where the output of each batch item begins follows
 
-# Threads along the value columns; threads that share the splits of a row.
-_ON_GPU = (32, 8)
+# Threads along the value columns, at most; threads that share the splits of a row.
+_ON_GPU = (128, 4)
 _SIMULATED = (4, 2)
 
 
@@ -171,7 +171,9 @@ def word_table(problem: AttentionProblem, span: Span, splits: int) -> NDArray[np
 
 def config_of(problem: AttentionProblem, shape: tuple[int, int] = _ON_GPU) -> Config:
     """Return what the kernel for a problem is compiled for."""
-    return Config(problem.accumulator.name, problem.out_dtype.name, *shape)
+    columns, groups = shape
+    columns = min(columns, -(-problem.head_dim_v // 32) * 32)
+    return Config(problem.accumulator.name, problem.out_dtype.name, columns, groups)
 
 
 def kernel_of(config: Config) -> compiler.Kernel:

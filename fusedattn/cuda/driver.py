@@ -49,6 +49,10 @@ def library() -> ctypes.CDLL:
     """Return the driver itself, for what each launch calls: without cuda-bindings' objects."""
     loaded = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
     loaded.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4
+    loaded.cuMemAllocFromPoolAsync.argtypes = [
+        *(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p, ctypes.c_void_p),
+    ]
+    loaded.cuMemFreeAsync.argtypes = [ctypes.c_uint64, ctypes.c_void_p]
     return loaded
 
 
@@ -184,8 +188,7 @@ class Function:
         """Start the kernel; its parameters are copied before this returns."""
         config = words.configured(grid, block, self.shared, stream)
         error = library().cuLaunchKernelEx(config, self._address, words.pointers, None)
-        if error:
-            check((api().CUresult(error),))
+        _check(error)
 
 
 class Words:
@@ -244,11 +247,18 @@ def scratch(where: Device, size: int, stream: int) -> Iterator[int]:
 
     It is taken and given back in the order of the stream, so two streams never share it.
     """
-    address = int(check(api().cuMemAllocFromPoolAsync(max(1, size), where.pool, stream)))
+    driver, address = library(), ctypes.c_uint64()
+    pool = int(where.pool)
+    _check(driver.cuMemAllocFromPoolAsync(ctypes.byref(address), max(1, size), pool, stream))
     try:
-        yield address
+        yield address.value
     finally:
-        check(api().cuMemFreeAsync(address, stream))
+        _check(driver.cuMemFreeAsync(address, stream))
+
+
+def _check(error: int) -> None:
+    if error:
+        check((api().CUresult(error),))
 
 
 @contextlib.contextmanager

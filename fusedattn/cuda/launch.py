@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -31,16 +32,29 @@ class Launch:
     ) -> None:
         self._function = where.function(kernel, lambda: compiler.compiled(kernel, where.chip))
         self._grid, self._block = grid, block
-        self._arguments = tuple(arguments)
-        self._tools = compiler.toolchain()
-        each = len(self._tools.array_words(0, 1, 1))
-        self._formats = "q" * sum(1 if one.bare else each for one in self._arguments)
+        tools = compiler.toolchain()
+        # The words of all parameters for memory at address 0, and which of them are addresses.
+        self._words: list[int] = []
+        self._places: list[tuple[str, int, list[int]]] = []
+        for name, low, length, itemsize, bare in arguments:
+            words, moved = [
+                [address] if bare else tools.array_words(address, length, itemsize)
+                for address in (0, 1)
+            ]
+            first = len(self._words)
+            found = [first + i for i, word in enumerate(words) if word != moved[i]]
+            self._places.append((name, low, found))
+            self._words += words
+        self._local = threading.local()
 
     def run(self, addresses: Mapping[str, int], stream: int) -> None:
         """Start the kernel; its context is current. An array without an address is not read."""
-        slots: list[int] = []
-        for name, low, length, itemsize, bare in self._arguments:
+        slots = self._words.copy()
+        for name, low, places in self._places:
             address = addresses.get(name, 0) + low
-            slots += [address] if bare else self._tools.array_words(address, length, itemsize)
-        words = driver.Words(self._formats).fill(*slots)
-        self._function.launch(self._grid, self._block, stream, words)
+            for place in places:
+                slots[place] = address
+        words = getattr(self._local, "words", None)
+        if words is None:
+            words = self._local.words = driver.Words("q" * len(slots))
+        self._function.launch(self._grid, self._block, stream, words.fill(*slots))

@@ -32,7 +32,7 @@ _FEW_TILES = {
     (256, 256): (1, 64, 3),
 }
 # Keys and values of so many bytes are walked at a time: they should stay in the L2.
-_L2_BYTES = 24 * 2**20
+_L2_BYTES = 6 * 2**20
 # From so many keys on, starting a block of threads costs less than sharing tiles out ahead.
 _LONG = 2048
 # Maps of operands that are remembered, of 384 bytes each.
