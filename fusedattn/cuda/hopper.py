@@ -94,12 +94,15 @@ class Config(NamedTuple):
         return tiles + 1024 + 512
 
 
-# 64-bit parameters: maps of q, k and v; out, lse (0 for none), the items; strides of out in bytes,
-# and the rows of a partial result. What the host can compute is a parameter: it takes no register.
-PARAMETERS = ("int64",) * 9 + ("int32",) * 11 + ("float32",)
-FORMATS = "q" * 9 + "i" * 11 + "f"
+# 64-bit parameters: maps of q, k and v; out, lse (0 for none), the items, the order of the tiles;
+# strides of out in bytes, and the rows of a partial result. What the host can compute is a
+# parameter: it takes no register.
+PARAMETERS = ("int64",) * 10 + ("int32",) * 6 + ("float32",)
+FORMATS = "q" * 10 + "i" * 6 + "f"
 # What an item of the batch has in the table: four int32 and the offset of its out, as an int64.
 ITEM_BYTES = 24
+# What the order of the tiles says of one: batch item, first head, first row, split; see `schedule`.
+TURN_BYTES = 16
 # A note of a tile tells the warpgroups that compute what it is; there is room for so many.
 NOTE_BYTES = 64
 NOTES = 4
@@ -124,7 +127,6 @@ def make(tools: Any, config: Config) -> Any:
     Q_PANEL, KV_PANEL = BLOCK_Q * ROW_BYTES, KEYS * ROW_BYTES
     Q_BYTES, K_BYTES, V_BYTES = config.q_bytes, config.k_bytes, config.v_bytes
     Q_STAGES, Q_STEP = config.q_stages, Q_BYTES >> 4
-    QUERIES_WAIT = Q_STAGES == 1
     K_AT = Q_STAGES * Q_BYTES
     V_AT = K_AT + STAGES * K_BYTES
     NOTE = V_AT + STAGES * V_BYTES
@@ -278,14 +280,12 @@ def make(tools: Any, config: Config) -> Any:
                     store_word(to + int64(i * 8 * OUT_BYTES), pack_out(x, y))
 
     def kernel(
-        q_map, k_map, v_map, out, lse, items, out_head, out_row, split_rows,
-        num_heads, group_size, seqlen_q, head_dim_v, unit_heads, units, abreast, row_blocks,
-        section_tiles, splits, all_tiles, scale_log2,
+        q_map, k_map, v_map, out, lse, items, order, out_head, out_row, split_rows,
+        num_heads, group_size, seqlen_q, head_dim_v, unit_heads, turns, scale_log2,
     ):  # fmt: skip
         thread = int32(cuda.threadIdx.x)
         # Products of int32 are int64 to Numba: what is cast back stays in one register.
         shared = int32((shared_base() + int32(1023)) & int32(-1024))
-        blocks = int32(cuda.gridDim.x)
         # The tile at hand: which it is, what bounds its keys, and which any row of it sees.
         batch, head, row_lo, split = int32(0), int32(0), int32(0), int32(0)
         k_from, k_to, used_q, used_k = int32(0), int32(0), int32(0), int32(0)
@@ -311,30 +311,18 @@ def make(tools: Any, config: Config) -> Any:
             if thread == 0:
                 # The first round of waits passes: nobody has used anything yet.
                 stage, phase, q_stage, q_phase = int32(0), int32(1), int32(0), int32(1)
-                v_stage, v_phase, v_waiting = int32(0), int32(1), False
-                v_key, v_head, v_batch = int32(0), int32(0), int32(0)
                 note = int32(shared + NOTE)
-                turn, round_lo = int32(cuda.blockIdx.x), int32(0)
-                tile = turn
+                turn = int32(cuda.blockIdx.x)
                 q_bytes = int32(Q_BYTES)
                 if PACKED:
                     q_bytes = int32(int32(PANELS_Q * ROW_BYTES) * unit_heads * seqlen_q)
 
-                def locate():
-                    nonlocal batch, head, row_lo, split, k_from, k_to, used_q, used_k
+                def locate(at):
+                    nonlocal head, row_lo, split, k_from, k_to, used_q, used_k
                     nonlocal key_lo, key_hi, item
-                    index = tile
+                    head, row_lo = load_int(at + int64(4)), load_int(at + int64(8))
                     if SPLIT:
-                        index = int32(tile // splits)
-                        split = int32(tile - index * splits)
-                    # Units are heads, or heads in one tile: as many abreast as the L2 holds, their
-                    # longest tiles first.
-                    section = int32(index // section_tiles)
-                    index = int32(index - section * section_tiles)
-                    here = int32(min(abreast, units - section * abreast))
-                    row_lo = int32((row_blocks - int32(1) - index // here) * int32(BLOCK_Q))
-                    first_head = int32((section * abreast + index % here) * unit_heads)
-                    batch, head = int32(first_head // num_heads), int32(first_head % num_heads)
+                        split = load_int(at + int64(12))
                     item = items + int64(batch) * int64(ITEM_BYTES)
                     k_from, k_to = load_int(item), load_int(item + int64(4))
                     used_q, used_k = load_int(item + int64(8)), load_int(item + int64(12))
@@ -362,25 +350,13 @@ def make(tools: Any, config: Config) -> Any:
                     tell(int32(note + 36), key_hi)
                     tell_long(int32(note + 40), load_long(item + int64(16)))
 
-                def load_values():
-                    nonlocal v_stage, v_phase, v_waiting
-                    if v_waiting:
-                        full = int32(shared + V_FULL + 8 * v_stage)
-                        wait(int32(shared + V_EMPTY + 8 * v_stage), v_phase)
-                        expect(full, int32(V_BYTES))
-                        for panel in unrolled(PANELS_V):
-                            load_tile(
-                                int32(shared + (V_AT + panel * KV_PANEL) + v_stage * V_BYTES),
-                                v_map, full, int32(panel * PANEL), v_key, v_head, v_batch,
-                            )  # fmt: skip
-                        advance(v_stage, v_phase, STAGES)
-                        v_waiting = False
-
-                # Values are needed a tile later than their keys, and are loaded after the next.
-                while tile < all_tiles:
-                    locate()
-                    if QUERIES_WAIT:
-                        load_values()
+                while turn < turns:
+                    at = order + int64(turn) * int64(TURN_BYTES)
+                    turn = int32(turn + int32(cuda.gridDim.x))
+                    batch = load_int(at)
+                    if batch < 0:
+                        break
+                    locate(at)
                     full = int32(shared + Q_FULL + 8 * q_stage)
                     wait(int32(shared + Q_EMPTY + 8 * q_stage), q_phase)
                     announce()
@@ -405,17 +381,17 @@ def make(tools: Any, config: Config) -> Any:
                                 int32(shared + (K_AT + panel * KV_PANEL) + stage * K_BYTES),
                                 k_map, full, int32(panel * PANEL), key, head_kv, batch,
                             )  # fmt: skip
+                        full = int32(shared + V_FULL + 8 * stage)
+                        wait(int32(shared + V_EMPTY + 8 * stage), phase)
+                        expect(full, int32(V_BYTES))
+                        for panel in unrolled(PANELS_V):
+                            load_tile(
+                                int32(shared + (V_AT + panel * KV_PANEL) + stage * V_BYTES),
+                                v_map, full, int32(panel * PANEL), key, head_kv, batch,
+                            )  # fmt: skip
                         advance(stage, phase, STAGES)
-                        load_values()
-                        v_waiting, v_key, v_head, v_batch = True, key, head_kv, batch
                         key_hi = key
                         key = int32(key - KEYS)
-                    # Tiles go from long to short: back and forth over the blocks, each has its
-                    # share of work.
-                    turn = int32(blocks - int32(1) - turn)
-                    round_lo = int32(round_lo + blocks)
-                    tile = int32(round_lo + turn)
-                load_values()
                 # There are no more.
                 wait(int32(shared + Q_EMPTY + 8 * q_stage), q_phase)
                 next_note(note)

@@ -79,6 +79,16 @@ def compact(array: Array) -> Array:
     return np.lib.stride_tricks.as_strided(dense, array.shape, strides)
 
 
+def unit_heads(problem: AttentionProblem, block_q: int) -> int:
+    """How many heads of a KV group fit into a tile of rows, all of their queries."""
+    fitting = [
+        n
+        for n in range(1, problem.group_size + 1)
+        if problem.group_size % n == 0 and n * problem.seqlen_q <= block_q
+    ]
+    return max(fitting, default=1)
+
+
 def heads_per_item(problem: AttentionProblem) -> int:
     """How many heads of a KV group share a tile of rows: all of them where queries are few."""
     return problem.group_size if problem.seqlen_q <= SHARED_ROWS else 1

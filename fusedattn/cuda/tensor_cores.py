@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusedattn.cuda import combine, compiler, driver, hopper
-from fusedattn.cuda.params import SPLIT_KEYS, SPLIT_QUERIES, span_of
+from fusedattn.cuda.params import SPLIT_KEYS, SPLIT_QUERIES, span_of, unit_heads
+from fusedattn.cuda.schedule import schedule
 from fusedattn.masks import MAX_SEQLEN, relative_bounds
 from fusedattn.problem import AttentionProblem
 
@@ -31,10 +32,6 @@ _FEW_TILES = {
     (192, 128): (1, 128, 2),
     (256, 256): (1, 64, 3),
 }
-# Keys and values of so many bytes are walked at a time: they should stay in the L2.
-_L2_BYTES = 6 * 2**20
-# From so many keys on, starting a block of threads costs less than sharing tiles out ahead.
-_LONG = 2048
 # Maps of operands that are remembered, of 384 bytes each.
 _MAPS = 1024
 
@@ -59,16 +56,6 @@ def config_of(problem: AttentionProblem) -> hopper.Config:
         out_storage = "float32"
     few = hopper.Config(storage, out_storage, *dims, *_FEW_TILES[dims])
     return few._replace(packed=True, split_keys=SPLIT_KEYS)
-
-
-def unit_heads(problem: AttentionProblem, block_q: int) -> int:
-    """How many heads of a KV group fit into a tile of rows, all of their queries."""
-    fitting = [
-        n
-        for n in range(1, problem.group_size + 1)
-        if problem.group_size % n == 0 and n * problem.seqlen_q <= block_q
-    ]
-    return max(fitting, default=1)
 
 
 def kernel_of(config: hopper.Config) -> compiler.Kernel:
@@ -193,46 +180,43 @@ class Launch(NamedTuple):
     """What a launch is given besides addresses."""
 
     config: hopper.Config
-    grid: int
+    order: Array  # see `schedule`
     splits: int
     out_item: int  # bytes of a batch item of a partial result
     numbers: tuple[int | float, ...]
 
-    def arguments(self, maps: int, out: int, lse: int, items: int) -> tuple[int | float, ...]:
+    @property
+    def grid(self) -> int:
+        """Blocks of threads."""
+        return int(self.order.shape[1])
+
+    def arguments(
+        self, maps: int, out: int, lse: int, items: int, order: int
+    ) -> tuple[int | float, ...]:
         """Return the kernel's arguments, given where all that it is given lies; no lse: 0."""
-        return (maps, maps + 128, maps + 256, out, lse, items, *self.numbers)
+        return (maps, maps + 128, maps + 256, out, lse, items, order, *self.numbers)
 
 
 def launch_of(problem: AttentionProblem, config: hopper.Config, multiprocessors: int) -> Launch:
     """Return how a problem is shared out."""
-    together = unit_heads(problem, config.block_q) if config.packed else 1
-    units = problem.batch_size * problem.num_heads // together
-    row_blocks = 1 if config.packed else -(-problem.seqlen_q // config.block_q)
+    tile = config.block_q, config.block_k
+    order = schedule(
+        problem, tile, multiprocessors, packed=config.packed, split_keys=config.split_keys
+    )
     splits = -(-problem.seqlen_k // config.split_keys) if config.split_keys else 1
-    abreast = units
-    if not config.packed:
-        head_bytes = problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * 2
-        abreast = problem.group_size * (_L2_BYTES // max(1, head_bytes))
-        abreast = max(1, min(units, abreast))
-    # Equal or short tiles: a block of threads on each multiprocessor takes one after the other.
-    # Long tiles of different lengths: the hardware hands them out as it goes.
-    equal = not problem.causal and problem.window_size == (None, None)
-    equal = equal or problem.seqlen_k < _LONG or config.split_keys > 0
-    tiles = units * row_blocks * splits
     if splits > 1:  # partial results, one split after the other
         row = problem.head_dim_v * 4
         head = row * problem.seqlen_q
     else:
         assert problem.out is not None
         *_, head, row, _ = problem.out.strides
+    together = unit_heads(problem, config.block_q) if config.packed else 1
     numbers = (
         *(head, row, problem.batch_size * problem.num_heads * problem.seqlen_q),
         *(problem.num_heads, problem.group_size, problem.seqlen_q, problem.head_dim_v, together),
-        *(units, abreast, row_blocks, abreast * row_blocks, splits, tiles),
-        problem.scale / math.log(2.0),
+        *(order.shape[0] * order.shape[1], problem.scale / math.log(2.0)),
     )
-    grid = min(tiles, multiprocessors) if equal else tiles
-    return Launch(config, grid, splits, problem.num_heads * head, numbers)
+    return Launch(config, order, splits, problem.num_heads * head, numbers)
 
 
 class Prepared:
@@ -248,6 +232,7 @@ class Prepared:
         self._boxes = boxes_of(problem, launch.config)
         self._dtype = problem.dtype.name
         self._items = driver.upload(where, item_table(problem, launch))
+        self._order = driver.upload(where, launch.order)
         self._combine = None
         if launch.splits > 1:
             span = span_of(problem.out) if problem.out is not None else None
@@ -273,7 +258,8 @@ class Prepared:
         if words is None:
             words = self._local.words = driver.Words(hopper.FORMATS)
         launch = self._launch
-        words.fill(*launch.arguments(maps.address, out, lse, self._items.address))
+        items, order = self._items.address, self._order.address
+        words.fill(*launch.arguments(maps.address, out, lse, items, order))
         self._function.launch((launch.grid, 1, 1), (launch.config.threads, 1), stream, words)
 
     def _make_maps(self, key: tuple[int, int, int]) -> driver.Memory:

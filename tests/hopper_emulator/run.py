@@ -144,6 +144,7 @@ def _launch(problem, held, out, lse, launch, made, seed):
         memory.add("out", out),
         memory.add("lse", lse) if asked else 0,
         memory.add("items", tensor_cores.item_table(problem, launch)),
+        memory.add("order", launch.order),
     )
     tools, kernel = made(launch.config)
     typed = [
