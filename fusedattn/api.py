@@ -133,7 +133,7 @@ def attention(
     score_mod_aux : tuple of ndarray
         Arrays that the score_mod reads by index, such as a table of relative positions: of a
         float dtype (read in the accumulator's type where it is a half type), integers (read as
-        int64; uint64 as it is) or bool.
+        int64; uint64 as it is) or bool. Where q lies on a GPU, they lie there or in host memory.
         Indices count from the end where negative. One that lies outside reads the nearest element;
         with ``FUSEDATTN_CHECK_INDICES=1`` in the environment it raises an IndexError that names
         function, line and pair (slowly: every visible pair is looked at in NumPy first).

@@ -71,6 +71,22 @@ def whole_number(score, batch, head, q_idx, k_idx):
     return q_idx - k_idx
 
 
+def factorial(n):
+    return 1.0 if n <= 1 else n * factorial(n - 1)
+
+
+def recursive(score, batch, head, q_idx, k_idx):
+    return score + 1 / factorial(k_idx % 5)
+
+
+def listed(score, batch, head, q_idx, k_idx):
+    return [score, 1.0][0]
+
+
+# What kernels on the CPU can do and these cannot, and what is said.
+GAPS = {recursive: "a function in it calls itself", listed: "build_list|NRT"}
+
+
 def cases():
     """Functions with their arrays, by name."""
     table = np.zeros((4, 200), np.float32)
@@ -82,7 +98,7 @@ def cases():
         for function in (relative, by_parts)[: 1 + (kind != "bool")]:
             name = f"{function.__name__}-{np.dtype(kind).name}"
             made[name] = (function, (table.astype(kind),))
-    for function in MISTAKES:
+    for function in [*MISTAKES, *GAPS]:
         reads = "table" in inspect.signature(function).parameters
         made[function.__name__] = (function, (TABLE,) if reads else ())
     return made

@@ -8,6 +8,7 @@ from cpu_backend import assert_same_bits, normal
 from hypothesis import settings
 
 import fusedattn
+from fusedattn import make_block_mask
 from fusedattn.cuda import backend, compiler, driver
 from fusedattn.testing import EVERYTHING
 from fusedattn.testing.suite import make_suite
@@ -134,3 +135,68 @@ def test_explain_names_the_kernel():
     assert "softcap is not implemented" in str(
         fusedattn.explain(q, q, q, softcap=1.0, backend="cuda")
     )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_split_keys_are_combined(dtype, rows):
+    q, k, v = (
+        normal(i, 2, heads, n, 64, dtype=dtype)
+        for i, (heads, n) in enumerate(((8, rows), (2, 1700), (2, 1700)))
+    )
+    options = {"causal": True, "seqused_k": np.array([1700, 300]), "return_lse": True}
+    if dtype != "float16":
+        options["sinks"] = normal(3, 8)
+    got = on_gpu(q, k, v, **options)
+    expected = fusedattn.attention(q, k, v, backend="reference", **options)
+    tolerance = {"float32": 2e-6, "float16": 1e-3, "float64": 1e-13}[dtype]
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance)
+    # What is shared out changes nothing for a neighbour, nor where there is but one split to see.
+    short = on_gpu(*(x[1:, :, :300] for x in (q, k, v)), **options | {"seqused_k": None})
+    assert_same_bits(short, tuple(x[1:] for x in got))
+
+
+def test_decodes_on_two_streams_do_not_share_their_scratch_memory():
+    torch = pytest.importorskip("torch")
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    q = [torch.randn(4, 8, 1, 64, device="cuda") for _ in streams]
+    k = torch.randn(4, 8, 6000, 64, device="cuda")
+    expected = [fusedattn.attention(x, k, k) for x in q]
+    torch.cuda.synchronize()
+    results = [[], []]
+    for _ in range(20):
+        for which, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                results[which].append(fusedattn.attention(q[which], k, k))
+    torch.cuda.synchronize()
+    for which, found in enumerate(results):
+        assert all(torch.equal(one, expected[which]) for one in found)
+
+
+def relative(score, batch, head, q_idx, k_idx, table, near):
+    return score + table[head, k_idx - q_idx] + 0.5 * near[k_idx]
+
+
+def test_a_score_mod_reads_arrays_on_the_gpu_and_in_host_memory(library):
+    _, there, back = library
+    q, k, v = (normal(seed, 1, 2, 70, 32) for seed in range(3))
+    table, near = normal(3, 2, 200), np.arange(70) % 3
+    mask = make_block_mask(
+        lambda b, h, q, k, near: near[q] + k > 9, None, None, 70, 70, aux=(near,), block=(16, 8)
+    )
+    options = {"score_mod": relative, "block_mask": mask}
+    expected = fusedattn.attention(
+        q, k, v, score_mod_aux=(table, near), backend="reference", **options
+    )
+    arrays = tuple(map(there, (q, k, v)))
+    for aux in ((table, near), (there(table), near), (there(table), there(near))):
+        for factor in (1, 2):  # the second call finds the first one prepared, and other contents
+            out = fusedattn.attention(*arrays, score_mod_aux=aux, **options)
+            if factor == 1:
+                np.testing.assert_allclose(back(out), expected, rtol=1e-5, atol=1e-5)
+                first = aux[0]
+                first *= 2
+            else:
+                assert not np.allclose(back(out), expected, rtol=1e-2, atol=1e-2)
+                first *= 0.5

@@ -9,7 +9,7 @@ from cpu_backend import assert_same_bits, normal
 
 import fusedattn
 from fusedattn import make_block_mask
-from fusedattn.cuda import compiler
+from fusedattn.cuda import compiler, simt
 
 
 @pytest.fixture(autouse=True)
@@ -132,10 +132,33 @@ def test_a_block_mask_has_the_bits_of_its_dense_mask(rows, block):
     some = make_block_mask(near, None, None, *shape, aux=(np.array(4),), block=block)
     own = make_block_mask(of_heads, 2, 2, *shape, block=block)
     late = make_block_mask(lambda b, h, q, k: k > 2 * h + 4, None, 2, *shape, block=block)
-    mask = (some | ~own) & late
+    # Asked about the first item and head for all of them.
+    first = make_block_mask(lambda b, h, q, k: (b + 2 * h) * k < 9, None, None, *shape, block=block)
+    mask = (some | ~own) & late & first
     k[:, :, 3], v[:, :, 2], v[:, :, 14] = np.inf, np.nan, np.nan  # the last one is seen by some
     dense = np.broadcast_to(mask.to_mask(), (2, 2, *shape))
     assert_same_bits(simulated(q, k, v, block_mask=mask), simulated(q, k, v, mask=dense))
+
+
+@pytest.mark.parametrize("rows", [3, 17])
+def test_tiles_of_empty_blocks_are_not_loaded(rows, monkeypatch):
+    q, k, v = normal(0, 1, 1, rows, 2), normal(1, 1, 1, 64, 3)[..., :2], normal(2, 1, 1, 64, 3)
+    loaded, make_loader = set(), simt.make_loader
+
+    def noting(*arguments):
+        load = make_loader(*arguments)
+
+        def noted(array, index):
+            if array.shape == (v.size,):
+                loaded.add(index // v.shape[-1])
+            return load(array, index)
+
+        return noted
+
+    monkeypatch.setattr(simt, "make_loader", noting)
+    some = make_block_mask(lambda b, h, q, k: k // 8 in (1, 6), None, None, rows, 64, block=(2, 4))
+    simulated(q, k, v, block_mask=some)
+    assert loaded == {*range(8, 16), *range(48, 56)}
 
 
 def test_a_block_mask_meets_what_else_hides_and_changes_scores():

@@ -406,8 +406,10 @@ def make(tools: Any, config: Config) -> Any:
                 x = real(NO_KEY)
                 if not total == real(0):
                     x = row_max + real(log(total))
-                place = split * abreast * heads_here + batch * words[NUM_HEADS] + head
-                lse[place * seqlen_q + query] = x
+                place = (batch * words[NUM_HEADS] + head) * seqlen_q + query
+                if has_splits:
+                    place = out_places[my_row] // head_dim_v  # or registers run out
+                lse[place] = x
             factor = real(1)
             if not total == real(0):
                 factor = real(1) / total

@@ -184,6 +184,15 @@ class Mlir(_Compiler):
             intrinsic, arity, lambda context, *args: (self._signature(op, args), emit)
         )
 
+    def result_of(self, function: Any, arguments: tuple[Any, ...]) -> Any:
+        """Compile as a device function; what the compiler cannot do it says in its own words."""
+        try:
+            return super().result_of(function, arguments)
+        except RuntimeError as error:
+            # A gap in the compiler is told as a bug of it, with the words themselves within.
+            places = [line for line in str(error).splitlines() if line.startswith("File ")]
+            raise RuntimeError("\n".join([str(error.__context__ or error), *places])) from None
+
     def array_words(self, address: int, length: int, itemsize: int) -> tuple[int, ...]:
         """A memref: where it was allocated, where it begins, offset, length, stride."""
         return address, address, 0, length, 1

@@ -241,6 +241,8 @@ def _device_function(tools: Any, function: UserFunction, real: Any) -> Any:
     """Make a function callable from device functions."""
     if tools.interprets:
         return _checked(function)
+    if _recurs(function.fingerprint):
+        raise TypeError(f"{function.place} cannot be compiled: a function in it calls itself")
     types = tools.types
     indices = (types.int64,) * 4
     arguments = indices if function.role == "mask_mod" else (real, *indices)
@@ -258,6 +260,14 @@ def _device_function(tools: Any, function: UserFunction, real: Any) -> Any:
     _check_powers(tools, function, parts)
     # What was compiled just now may be for another GPU.
     return _compilable(tools, function, len(arguments))[0]
+
+
+def _recurs(part: Any) -> bool:
+    """Whether a function calls itself, by its fingerprint."""
+    if not isinstance(part, tuple):
+        return False
+    ends_so = len(part) > 1 and part[-2] == "itself" and isinstance(part[-1], int)
+    return ends_so or any(map(_recurs, part))
 
 
 def _compilable(tools: Any, function: UserFunction, count: int) -> tuple[Any, list[Any]]:
