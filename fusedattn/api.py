@@ -1,5 +1,6 @@
 """The public functions: check, choose a backend, run, return the caller's layout."""
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
@@ -214,11 +215,8 @@ def attention(
         return_lse, out_dtype, backend, stream,
     )  # fmt: skip
     if type(q) is not np.ndarray:
-        from fusedattn import arrays
-
-        if arrays.on_gpu(q):
-            from fusedattn import device_plan
-
+        on_gpu, device_plan = _for_gpus()
+        if on_gpu(q):
             return device_plan.run(call)  # type: ignore[no-any-return]
     return run(call)
 
@@ -267,13 +265,18 @@ def plan(q: Array, k: Array, v: Array, **options: Any) -> "Plan | DevicePlan":
     """
     _check_keywords("plan", options, set(Call._fields))
     if type(q) is not np.ndarray:
-        from fusedattn import arrays
-
-        if arrays.on_gpu(q):
-            from fusedattn.device_plan import DevicePlan
-
-            return DevicePlan(Call(q, k, v, **options))
+        on_gpu, device_plan = _for_gpus()
+        if on_gpu(q):
+            return device_plan.DevicePlan(Call(q, k, v, **options))  # type: ignore[no-any-return]
     return find(Call(q, k, v, **options))
+
+
+@functools.cache
+def _for_gpus() -> tuple[Callable[[object], bool], Any]:
+    """Return what arrays on a GPU need, imported when something else than an ndarray comes."""
+    from fusedattn import arrays, device_plan
+
+    return arrays.on_gpu, device_plan
 
 
 def attention_weights(q: Array, k: Array, v: Array | None = None, **options: Any) -> Array:

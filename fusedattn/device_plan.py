@@ -198,6 +198,8 @@ def _view_aux(name: str, array: Any, stream: int) -> View:
 
 def _aux_of(aux: Any, stream: int) -> Aux:
     """Describe the arrays of the score_mod."""
+    if aux == ():
+        return _NO_AUX
     found = Aux([], {}, {}, {})
     for i, (name, array) in enumerate(_named_aux(aux) if isinstance(aux, (tuple, list)) else ()):
         if arrays.on_gpu(array):
@@ -208,6 +210,9 @@ def _aux_of(aux: Any, stream: int) -> Aux:
             kind = (held.shape, held.strides, held.dtype, None, 0)
         found.kinds.append(kind)
     return found
+
+
+_NO_AUX = Aux([], {}, {}, {})
 
 
 def _computes(score_mod: Any) -> Any:

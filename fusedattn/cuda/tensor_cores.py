@@ -25,6 +25,9 @@ _TILES = {
     (192, 128): (2, 128, 2),
     (256, 256): (2, 80, 2),
 }
+# The same for short sequences of which most tiles end at the diagonal: flat ones waste less.
+_SHORT = 1024
+_SHORT_TILES = {(64, 64): (2, 128, 4)}
 # The same for few queries, where bytes under way count and nothing else.
 _FEW_TILES = {
     (64, 64): (1, 128, 4),
@@ -50,7 +53,11 @@ def config_of(problem: AttentionProblem) -> hopper.Config:
     assert dims is not None, "looked at before"
     storage, out_storage = problem.dtype.name, problem.out_dtype.name
     if problem.seqlen_q > SPLIT_QUERIES:
-        config = hopper.Config(storage, out_storage, *dims, *_TILES[dims])
+        tiles = _TILES
+        cut = problem.causal or problem.window_size != (None, None)
+        if cut and problem.seqlen_k <= _SHORT:
+            tiles = _TILES | _SHORT_TILES
+        config = hopper.Config(storage, out_storage, *dims, *tiles[dims])
         return config._replace(packed=unit_heads(problem, config.block_q) > 1)
     if problem.seqlen_k > SPLIT_KEYS:
         out_storage = "float32"
