@@ -198,7 +198,7 @@ def _view_aux(name: str, array: Any, stream: int) -> View:
 
 def _aux_of(aux: Any, stream: int) -> Aux:
     """Describe the arrays of the score_mod."""
-    if aux == ():
+    if type(aux) is tuple and not aux:
         return _NO_AUX
     found = Aux([], {}, {}, {})
     for i, (name, array) in enumerate(_named_aux(aux) if isinstance(aux, (tuple, list)) else ()):
