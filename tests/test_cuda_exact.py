@@ -33,7 +33,7 @@ def _sums_are_cut_off(monkeypatch):
 def small(problem):
     reasons = exact.unsupported(problem)
     rows = problem.batch_size * problem.num_heads * -(-problem.seqlen_q // 128)
-    if rows > 4 or rows * problem.seqlen_k > 100:
+    if rows > 2 or rows * problem.seqlen_k > 60:
         reasons.append("takes too long in the emulator")
     return "; ".join(reasons) or None
 
@@ -69,7 +69,7 @@ def as_on_a_gpu(config):
 
 
 def test_the_tiles_of_a_gpu_are_right_as_well():
-    assert_right(operands(130, 130), causal=True, tile=as_on_a_gpu)
+    assert_right(operands(70, 90), causal=True, tile=as_on_a_gpu)
 
 
 @pytest.mark.deep
@@ -78,10 +78,9 @@ def test_all_tiles_of_a_gpu_are_right(dims):
     assert_right(operands(150, 200, *dims, heads=2, group=2), causal=True, tile=as_on_a_gpu)
 
 
-@pytest.mark.deep
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", [1, *(pytest.param(n, marks=pytest.mark.deep) for n in range(2, 40))])
 def test_who_comes_first_does_not_matter(seed):
-    arrays = operands(140, 70)
+    arrays = operands(140, 40)
     first = run_exact.attention(*arrays, causal=True, return_lse=True, seed=0)
     again = run_exact.attention(*arrays, causal=True, return_lse=True, seed=seed)
     assert_same_bits(again, first)
@@ -89,11 +88,14 @@ def test_who_comes_first_does_not_matter(seed):
 
 @pytest.mark.parametrize("exponent", [-20, 0, 20])
 def test_every_product_of_parts_counts(exponent):
-    # Elements whose parts are all large, and of one sign: what is left out shows in each sum.
-    q, k, v = operands(20, 30, 16, 16)
-    full = np.float32((2**24 - 1 - 2**7) * 2.0**-24)
-    q, k, v = (np.copysign(full, array) if array is v else np.abs(array) * full for array in (q, k, v))
-    assert_right([np.ldexp(q, exponent), np.ldexp(k, -exponent), np.ldexp(v, exponent)])
+    # Few keys, and no sum whose terms cancel: what is left out shows.
+    q, k, v = (np.abs(array) for array in operands(64, 3, 16, 16))
+    q, k, v = np.ldexp(q, exponent), np.ldexp(k, -exponent), np.ldexp(v, exponent)
+    assert_right([q, k, v])
+    wide = [array.astype(np.float64) for array in (q, k, v)]
+    expected = fusedattn.attention(*wide, backend="reference")
+    error = (run_exact.attention(q, k, v) - expected) / expected
+    assert np.sqrt(np.mean(error**2)) < 2.0**-23
 
 
 def test_the_largest_numbers_are_not_rounded_to_infinity():
