@@ -17,7 +17,7 @@ FEATURES = {"mask", "bias", "alibi_slopes", "softcap", "sinks", "dropout_p", "se
 OTHERS = {"full_range", "score_mod", "score_mod_aux", "block_mask", "hidden_nan"}
 # What TestExact in test_cuda_gpu.py promises of the kernel on a GPU.
 PROMISES = EVERYTHING - OTHERS - FEATURES
-EXAMPLES = max(1, settings().max_examples // 60)
+EXAMPLES = max(1, settings().max_examples // 20)
 CONFIGS = [
     hopper_exact.Config(dims, dims, *tile, vectors=True, pairs=True, registers=exact._REGISTERS)
     for dims, tile in exact._TILES.items()
@@ -30,21 +30,42 @@ def _sums_are_cut_off(monkeypatch):
     monkeypatch.setattr(matrix.Warpgroup, "add_up", staticmethod(matrix.cut_off))
 
 
-def small(problem):
-    reasons = exact.unsupported(problem)
-    rows = problem.batch_size * problem.num_heads * -(-problem.seqlen_q // 128)
-    if rows > 2 or rows * problem.seqlen_k > 60:
-        reasons.append("takes too long in the emulator")
-    return "; ".join(reasons) or None
+def within(most):
+    """Calls of so many keys for each tile of rows."""
+
+    def domain(problem):
+        reasons = exact.unsupported(problem)
+        rows = problem.batch_size * problem.num_heads * -(-problem.seqlen_q // 128)
+        if rows > most // 25 or rows * problem.seqlen_k > most:
+            reasons.append("takes too long in the emulator")
+        return "; ".join(reasons) or None
+
+    return domain
 
 
-TestExact = make_suite(
-    run_exact.attention,
-    supports=PROMISES,
-    dtypes=("float32",),
-    bitwise=True,
-    domain=small,
-    max_examples=EXAMPLES,
+def suite(most, **options):
+    return make_suite(
+        run_exact.attention,
+        supports=PROMISES,
+        dtypes=("float32",),
+        bitwise=True,
+        domain=within(most),
+        **options,
+    )
+
+
+TestExact = pytest.mark.deep(suite(300, max_examples=EXAMPLES))
+# What a mistake in the kernel breaks first.
+TestBriefly = suite(
+    100,
+    max_examples=2,
+    laws=(
+        "equals_reference",
+        "unseen_keys_do_not_matter",
+        "nan_reaches_the_output",
+        "memory_layout_does_not_matter",
+        "rows_without_keys",
+    ),
 )
 
 
