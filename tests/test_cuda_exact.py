@@ -99,7 +99,9 @@ def test_all_tiles_of_a_gpu_are_right(dims):
     assert_right(operands(150, 200, *dims, heads=2, group=2), causal=True, tile=as_on_a_gpu)
 
 
-@pytest.mark.parametrize("seed", [1, *(pytest.param(n, marks=pytest.mark.deep) for n in range(2, 40))])
+@pytest.mark.parametrize(
+    "seed", [1, *(pytest.param(n, marks=pytest.mark.deep) for n in range(2, 40))]
+)
 def test_who_comes_first_does_not_matter(seed):
     arrays = operands(140, 40)
     first = run_exact.attention(*arrays, causal=True, return_lse=True, seed=0)

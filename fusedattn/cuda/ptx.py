@@ -183,7 +183,12 @@ def part_products(n: int, dims: int, a_part: int, a_panel: int, b_panel: int) ->
     upper = descriptor_words(16, 1024)[1]
     lines = ["{ .reg .pred p; .reg .b32 low; .reg .b64 a, b;", "wgmma.fence.sync.aligned;"]
     # Parts of A and of B, and where the sum goes: what is smaller is added first.
-    for of_a, of_b, count, to in ((2, 0, n, rest), (1, 1, n, rest), (1, 0, n, rest), (0, 0, 3 * n, sums)):
+    for of_a, of_b, count, to in (
+        (2, 0, n, rest),
+        (1, 1, n, rest),
+        (1, 0, n, rest),
+        (0, 0, 3 * n, sums),
+    ):
         for step in range(dims // 16):
             panel, inside = divmod(step, 4)
             a_at = of_a * a_part + panel * a_panel + inside * 32

@@ -34,7 +34,11 @@ def memory_of(array):
 
 def forward(problem, *, tile=small, made=kernel_for, seed=None):
     """Compute a problem that the exact kernel takes, where its arrays lie."""
-    out = np.full(problem.out_shape, np.nan, problem.out_dtype) if problem.out is None else problem.out
+    out = (
+        np.full(problem.out_shape, np.nan, problem.out_dtype)
+        if problem.out is None
+        else problem.out
+    )
     lse = np.full(problem.lse_shape, np.nan, np.float32)
     problem = replace(problem, out=out)
     reasons = exact.unsupported(problem)
