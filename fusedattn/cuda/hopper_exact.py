@@ -9,8 +9,8 @@ cuts its sums off where float32 arithmetic rounds them.
 One block of threads owns 128 query rows of a head. Warpgroup 0 loads tiles of keys and values,
 splits them and stores the parts in shared memory; the next tile is on its way into its registers
 while it waits for room. Each of the other two owns 64 rows. Their scores, weights and outputs stay
-in registers, and while one takes exponentials the other multiplies. Products of weights and values
-are added up over one tile of keys and join the outputs by ordinary arithmetic.
+in registers, and while one takes exponentials the other multiplies: they take turns. Products of
+weights and values are added up over one tile of keys and join the outputs by ordinary arithmetic.
 
 Keys and values outside of what the rows of a tile see are stored as zeros, and never loaded.
 An infinite element has the parts (infinity, NaN, NaN), so each sum with it is NaN: it is replaced
@@ -47,6 +47,7 @@ class Config(NamedTuple):
     vectors: bool  # four elements of q, k and v are loaded at once
     pairs: bool  # two elements of out are stored at once
     registers: tuple[int, int]  # of a thread that loads, and of one that computes
+    turns: bool = True  # warpgroups give their products to the matrix unit in turns
 
     @property
     def block_q(self) -> int:
@@ -116,7 +117,7 @@ def make(tools: Any, config: Config) -> Any:
     K_MAJOR = ptx.descriptor_words(16, 1024)[0]
     MN_MAJOR = ptx.descriptor_words(KV_PANEL, 1024)[0]
     K_STEP, V_STEP = K_BYTES >> 4, V_BYTES >> 4
-    PAIRS = config.pairs
+    PAIRS, TURNS = config.pairs, config.turns
     few, many = config.registers
 
     shared_base, load_int, load_long = asm(ptx.SHARED_BASE), asm(ptx.LOAD_INT), asm(ptx.LOAD_LONG)
@@ -132,7 +133,7 @@ def make(tools: Any, config: Config) -> Any:
     fewer_registers = asm(ptx.set_registers(few, more=False))
     more_registers = asm(ptx.set_registers(many, more=True))
     first_lane, unknown = asm(ptx.FIRST_LANE), asm(ptx.UNKNOWN)
-    first_meets, second_meets = (asm(ptx.barrier(n, WARPGROUP)) for n in (1, 2))
+    meet, arrive_at = asm(ptx.MEET), asm(ptx.ARRIVE)
     load_queries = asm(ptx.load_rows(Q_TURNS, ROWS, vectors=config.vectors))
     load_keys = asm(ptx.load_rows(K_TURNS, ROWS, vectors=config.vectors))
     load_values = asm(ptx.load_rows(V_TURNS, ROWS_V, vectors=config.vectors))
@@ -395,12 +396,16 @@ def make(tools: Any, config: Config) -> Any:
             v_places = int32(((shared + int32(V_AT)) >> int32(4)) | MN_MAJOR)
             stage, phase = int32(0), int32(0)
 
-            def meet():
-                # All threads of my warpgroup.
-                if warpgroup == 0:
-                    first_meets()
-                else:
-                    second_meets()
+            def meet_warpgroup():
+                meet(int32(1 + warpgroup), int32(WARPGROUP))
+
+            def await_turn():
+                if TURNS:
+                    meet(int32(3 + warpgroup), int32(2 * WARPGROUP))
+
+            def pass_turn():
+                if TURNS:
+                    arrive_at(int32(4 - warpgroup), int32(2 * WARPGROUP))
 
             def take_queries():
                 first = int32(row_lo + warpgroup * int32(64) + q_first)
@@ -413,9 +418,9 @@ def make(tools: Any, config: Config) -> Any:
                 )  # fmt: skip
                 # What is overwritten here has been multiplied, and nobody multiplies what is new
                 # before all of it is there.
-                meet()
+                meet_warpgroup()
                 store_parts(queries, Q_TURNS, ROWS, q_to, Q_PART)
-                meet()
+                meet_warpgroup()
 
             def hide():
                 # Read again what bounds the keys: few tiles come here, and registers are scarce.
@@ -441,6 +446,8 @@ def make(tools: Any, config: Config) -> Any:
                     y -= second_of(weights_1[i])
                     weights_2[i] = pack(x, y)
 
+            if warpgroup == 1:
+                pass_turn()
             while tile < all_tiles:
                 locate()
                 if key_lo < key_hi:
@@ -459,7 +466,9 @@ def make(tools: Any, config: Config) -> Any:
                     wait(int32(shared + K_FULL + 8 * stage), phase)
                     clear(scores, PARTS * SCORES)
                     clear(others, SCORES)
+                    await_turn()
                     begin_scores(scores, others, q_place, int32(k_places + stage * K_STEP))
+                    pass_turn()
                     scores_ready(scores, others)
                     if leader:
                         arrive(int32(shared + K_EMPTY + 8 * stage))
@@ -475,7 +484,9 @@ def make(tools: Any, config: Config) -> Any:
                     wait(int32(shared + V_FULL + 8 * stage), phase)
                     clear(sums, OUTPUTS)
                     v_here = int32(v_places + stage * V_STEP)
+                    await_turn()
                     begin_outputs(sums, weights_0, weights_1, weights_2, v_here)
+                    pass_turn()
                     outputs_ready(sums)
                     if leader:
                         arrive(int32(shared + V_EMPTY + 8 * stage))
@@ -501,5 +512,7 @@ def make(tools: Any, config: Config) -> Any:
                         to += int64(row) * out_row + int64(column) * out_last
                         write_row(h, outputs, factor, to, out_last, column, head_dim_v)
                 go_on()
+            if warpgroup == 0:
+                await_turn()  # which the other has passed at last
 
     return kernel

@@ -74,6 +74,11 @@ LOAD_TILE = Op(
 PROXY_FENCE = Op("fence.proxy.async.shared::cta;")
 
 
+# A barrier by its number and the threads that take part: some wait, others only arrive.
+MEET = Op("bar.sync $0, $1;", "", "rr")
+ARRIVE = Op("bar.arrive $0, $1;", "", "rr")
+
+
 def load_rows(turns: int, rows_apart: int, *, vectors: bool) -> Block:
     """Load four elements of every so many rows; what lies outside keeps its value.
 

@@ -251,6 +251,11 @@ def _barrier(call, number, threads):
     call.machine.meet(f"barrier {number}", threads)
 
 
+@instruction("bar.arrive", writes=False)
+def _arrive_at_barrier(call, number, threads):
+    call.machine.meet(f"barrier {number}", threads, waits=False)
+
+
 @instruction("setmaxnreg.*", writes=False)
 def _set_registers(call, count):
     more = {"inc": True, "dec": False}[call.rest[0]]
