@@ -1,5 +1,7 @@
 """The exact Hopper kernel keeps the laws, in an emulator of its PTX; no GPU needed."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from cpu_backend import assert_same_bits
@@ -8,7 +10,7 @@ from hopper_emulator.machine import REGISTERS, WARPGROUP
 from hypothesis import settings
 
 import fusedattn
-from fusedattn.cuda import exact, hopper, hopper_exact, ptx
+from fusedattn.cuda import backend, exact, hopper, hopper_exact, ptx
 from fusedattn.problem import make_problem
 from fusedattn.testing import EVERYTHING, assert_within, forward_budget
 from fusedattn.testing.suite import make_suite
@@ -18,6 +20,8 @@ OTHERS = {"full_range", "score_mod", "score_mod_aux", "block_mask", "hidden_nan"
 # What TestExact in test_cuda_gpu.py promises of the kernel on a GPU.
 PROMISES = EVERYTHING - OTHERS - FEATURES
 EXAMPLES = max(1, settings().max_examples // 20)
+# All that the choice of a kernel looks at.
+HOPPER = SimpleNamespace(capability=(9, 0))
 CONFIGS = [
     hopper_exact.Config(dims, dims, *tile, vectors=True, pairs=True, registers=exact._REGISTERS)
     for dims, tile in exact._TILES.items()
@@ -141,6 +145,24 @@ def test_scores_of_infinite_elements_follow_ieee_arithmetic():
     np.testing.assert_allclose(out[0, seen], expected[0][0, seen], rtol=1e-5)
     np.testing.assert_allclose(lse[0, seen], expected[1][0, seen], rtol=1e-6)
     assert np.isnan(lse[0, ~seen]).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "reason"),
+    [
+        ((1, 2, 100, 64), {}, None),
+        ((1, 2, 100, 33), {"causal": True, "window_size": (9, None), "q_offset": 5}, None),
+        ((1, 2, 16, 64), {}, "keys are split"),
+        ((1, 2, 100, 129), {}, "head dims beyond 128"),
+        ((1, 2, 100, 64), {"softcap": 3.0}, "softcap is not implemented in it"),
+        ((1, 2, 100, 64), {"scale": -1.0}, "scale is not positive"),
+        ((1, 2, 0, 64), {}, "there are no keys"),
+    ],
+)
+def test_plain_problems_take_the_kernel(shape, options, reason):
+    problem = make_problem(*[np.zeros(shape, np.float32)] * 3, **options)
+    said = "; ".join(backend.not_tensor_cores(problem, HOPPER))
+    assert reason in said if reason else not said
 
 
 @pytest.mark.parametrize("config", CONFIGS)
