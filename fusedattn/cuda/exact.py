@@ -10,19 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusedattn.cuda import compiler, driver, hopper_exact
-from fusedattn.cuda.tensor_cores import (
-    address_of,
-    bounds_of,
-    heads_abreast,
-    offsets_of,
-    tiles_are_equal,
-)
+from fusedattn.cuda.tensor_cores import address_of, bounds_of, offsets_of
 from fusedattn.problem import AttentionProblem
 
 Array = NDArray[Any]
 
 # By head dims, rounded up: keys of a tile, and stages, as many as shared memory holds.
 _TILES = {64: (64, 2), 128: (64, 1)}
+# Keys and values of so many bytes are walked at a time: they should stay in the L2.
+_L2_BYTES = 24 * 2**20
+# From so many keys on, starting a block of threads costs less than sharing tiles out ahead.
+_LONG = 2048
 # Registers of a thread that loads, and of one that computes.
 _REGISTERS = (88, 208)
 
@@ -109,8 +107,14 @@ def launch_of(
     assert problem.out is not None
     heads = problem.batch_size * problem.num_heads
     row_blocks = -(-problem.seqlen_q // config.block_q)
-    abreast = heads_abreast(problem, heads)
+    head_bytes = problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * 4
+    abreast = problem.group_size * (_L2_BYTES // max(1, head_bytes))
+    abreast = max(1, min(heads, abreast))
     tiles = heads * row_blocks
+    # Equal or short tiles: a block of threads on each multiprocessor takes one after the other.
+    # Long tiles of different lengths: the hardware hands them out as it goes.
+    equal = not problem.causal and problem.window_size == (None, None)
+    equal = equal or problem.seqlen_k < _LONG
     arrays = (problem.q, problem.k, problem.v, problem.out)
     numbers = (
         *(stride for array in arrays for stride in array.strides[-3:]),
@@ -119,8 +123,7 @@ def launch_of(
         *(heads, abreast, row_blocks, abreast * row_blocks, tiles),
         problem.scale / math.log(2.0),
     )
-    grid = min(tiles, multiprocessors) if tiles_are_equal(problem) else tiles
-    return Launch(config, grid, numbers)
+    return Launch(config, min(tiles, multiprocessors) if equal else tiles, numbers)
 
 
 def item_table(problem: AttentionProblem) -> Array:
