@@ -11,7 +11,17 @@ import sys
 import numpy as np
 
 from fusedattn import make_block_mask, make_problem
-from fusedattn.cuda import combine, compiler, hopper, params, portable, simt, tensor_cores
+from fusedattn.cuda import (
+    combine,
+    compiler,
+    exact,
+    hopper,
+    hopper_exact,
+    params,
+    portable,
+    simt,
+    tensor_cores,
+)
 
 PLAIN = (None, None, None, False, False, False)
 ALL = ("float16", "float32", "bfloat16", True, True, True)
@@ -29,6 +39,10 @@ def kernels():
     config = hopper.Config("float16", "float32", 128, 128, *tensor_cores._TILES[128, 128])
     made["hopper-float16"] = tensor_cores.kernel_of(config)
     made["hopper-packed"] = tensor_cores.kernel_of(config._replace(packed=True))
+    for dims, tile in exact._TILES.items():
+        for whole, label in ((True, ""), (False, "-elements")):
+            config = hopper_exact.Config(dims, dims, *tile, whole, whole, exact._REGISTERS)
+            made[f"exact-{dims}{label}"] = exact.kernel_of(config)
     tiles = {"many": portable._MANY, "narrow": portable._NARROW, "few": portable._FEW}
     for name, tile in tiles.items():
         for features, label in ((PLAIN, "plain"), (ALL, "all")):

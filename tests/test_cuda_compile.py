@@ -73,6 +73,21 @@ def test_kernels_for_few_queries_keep_everything_in_registers(compiler):
 
 
 @each_compiler
+def test_the_exact_kernel_keeps_everything_in_registers(compiler):
+    report = compiled(compiler, "sm_90a", "exact-128")["exact-128"]
+    assert report == {"stack": 0, "spills": 0, "registers": 168, "warnings": []}
+
+
+@pytest.mark.deep
+@each_compiler
+def test_other_exact_kernels_keep_everything_in_registers(compiler):
+    for report in compiled(
+        compiler, "sm_90a", "exact-64", "exact-64-elements", "exact-128-elements"
+    ).values():
+        assert report == {"stack": 0, "spills": 0, "registers": 168, "warnings": []}
+
+
+@each_compiler
 @pytest.mark.parametrize("chip", ["sm_80", "sm_90a"])
 def test_portable_kernels_keep_everything_in_registers(compiler, chip):
     of_the_user = "simt-score-mod" if chip == "sm_80" else "simt-block-mask"

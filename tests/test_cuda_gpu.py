@@ -27,6 +27,8 @@ FEATURES = {"mask", "bias", "alibi_slopes", "softcap", "sinks", "dropout_p", "se
 FEATURES |= {"score_mod", "score_mod_aux", "block_mask"}
 # The matrix unit multiplies 0 by a NaN that another row sees, and takes weights in a half type.
 HOPPER = (PORTABLE - FEATURES - {"hidden_nan"}) | {"half_weights"}
+# The exact kernel splits its weights and rounds them to no half type.
+EXACT = HOPPER - {"half_weights"}
 
 
 def on_gpu(q, k, v, **keywords):
@@ -61,6 +63,16 @@ TestHopper = make_suite(
     on_gpu,
     supports=HOPPER,
     dtypes=("bfloat16", "float16"),
+    bitwise=True,
+    domain=hopper_domain,
+    max_examples=EXAMPLES,
+)
+
+
+TestExact = make_suite(
+    on_gpu,
+    supports=EXACT,
+    dtypes=("float32",),
     bitwise=True,
     domain=hopper_domain,
     max_examples=EXAMPLES,
@@ -135,6 +147,9 @@ def test_explain_names_the_kernel():
     assert "softcap is not implemented" in str(
         fusedattn.explain(q, q, q, softcap=1.0, backend="cuda")
     )
+    q = q.astype(np.float32)
+    text = str(fusedattn.explain(q, q, q, backend="cuda"))
+    assert ("exact Hopper kernel, sm_90a" if hopper else "portable kernel") in text
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "float64"])

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fusedattn.cuda import compiler, driver, portable, tensor_cores
-from fusedattn.cuda.params import compact, span_of
+from fusedattn.cuda import compiler, driver, exact, portable, tensor_cores
+from fusedattn.cuda.params import SPLIT_QUERIES, compact, span_of
 from fusedattn.cuda.toolchains import SIMULATOR
 from fusedattn.problem import AttentionProblem, Gradients, Result
 
 Array = NDArray[Any]
-Prepared = portable.Prepared | tensor_cores.Prepared
+Prepared = portable.Prepared | tensor_cores.Prepared | exact.Prepared
 
 _INPUTS = ("q", "k", "v", "mask", "bias", "alibi_slopes", "sinks")
 # How kernels call what a problem calls otherwise.
@@ -59,6 +59,9 @@ class Cuda:
         where = driver.device(0)
         reasons = not_tensor_cores(problem, where)
         compiled = f"{where.chip}, compiled by {compiler.chosen_name()}"
+        if not reasons and problem.dtype == np.float32:
+            block_q, block_k = exact.tile_of(problem)
+            return [f"exact Hopper kernel, {compiled}, tiles of {block_q} x {block_k}"]
         if not reasons:
             tile = tensor_cores.config_of(problem)
             return [f"Hopper kernel, {compiled}, tiles of {tile.block_q} x {tile.block_k}"]
@@ -115,9 +118,11 @@ class Cuda:
     def prepare_on(self, problem: AttentionProblem, ordinal: int) -> Prepared:
         """Choose a kernel and prepare its launches; ``problem.out`` says where out lies."""
         where = driver.device(ordinal)
-        if not not_tensor_cores(problem, where):
-            return tensor_cores.Prepared(problem, where)
-        return portable.Prepared(problem, where)
+        if not_tensor_cores(problem, where):
+            return portable.Prepared(problem, where)
+        if problem.dtype == np.float32:
+            return exact.Prepared(problem, where)
+        return tensor_cores.Prepared(problem, where)
 
     def unsuitable(self, problem: AttentionProblem) -> list[str]:
         """Reasons why arrays in the memory of a GPU cannot be used where they lie."""
@@ -131,7 +136,7 @@ class Cuda:
 
 
 def not_tensor_cores(problem: AttentionProblem, where: driver.Device) -> list[str]:
-    """Reasons why a problem does not take the Hopper kernel on a GPU."""
+    """Reasons why a problem does not take the Hopper kernel of its dtype on a GPU."""
     if where.capability != (9, 0):
         return [f"compute capability {where.major}.{where.minor}, not 9.0"]
     reasons = [
@@ -139,7 +144,11 @@ def not_tensor_cores(problem: AttentionProblem, where: driver.Device) -> list[st
         for name in ("score_mod", "block_mask")
         if getattr(problem, name) is not None
     ]
-    return reasons + tensor_cores.unsupported(problem)
+    if problem.dtype != np.float32:
+        return reasons + tensor_cores.unsupported(problem)
+    if problem.seqlen_q <= SPLIT_QUERIES:
+        reasons.append("queries are so few that their keys are split")
+    return reasons + exact.unsupported(problem)
 
 
 CUDA = Cuda()

@@ -25,19 +25,27 @@ LOAD_SHARED_LONG = Op("ld.shared.b64 $0, [$1];", "l", "r")
 STORE_SHARED_LONG = Op("st.shared.b64 [$0], $1;", "", "rl")
 STORE_SHARED_INT = Op("st.shared.b32 [$0], $1;", "", "rr")
 STORE_SHARED_ZEROS = Op("st.shared.v4.b32 [$0], {0, 0, 0, 0};", "", "r")
+STORE_SHARED_WORDS = Op("st.shared.v2.b32 [$0], {$1, $2};", "", "rrr")
 
 # base 2, 2 ulp, tiny results become 0
 EXP2 = Op("ex2.approx.ftz.f32 $0, $1;", "f", "f")
 LOG2 = Op("lg2.approx.f32 $0, $1;", "f", "f")
 FMA = Op("fma.rn.f32 $0, $1, $2, $3;", "f", "fff")
 MAX = Op("max.f32 $0, $1, $2;", "f", "ff")
+# This one keeps a NaN, the others lose it.
+MAX_OR_NAN = Op("max.NaN.f32 $0, $1, $2;", "f", "ff")
 # The larger argument is the upper half.
 PACK = {
     "bfloat16": Op("cvt.rn.bf16x2.f32 $0, $2, $1;", "r", "ff"),
     "float16": Op("cvt.rn.f16x2.f32 $0, $2, $1;", "r", "ff"),
 }
+# The same toward zero, which never makes a finite number infinite.
+TRUNCATE = Op("cvt.rz.bf16x2.f32 $0, $2, $1;", "r", "ff")
 # The value of the warp's first lane, which tells the compiler that it is the same in all.
 FIRST_LANE = Op("shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;", "r", "r")
+# The same value, of which compilers know nothing: what follows from it is not computed ahead of a
+# loop, where it would take registers.
+UNKNOWN = Op("mov.b32 $0, $1;", "r", "r")
 # The value of the lane whose number differs in one bit.
 SWAP_1 = Op("shfl.sync.bfly.b32 $0, $1, 1, 0x1f, 0xffffffff;", "f", "f")
 SWAP_2 = Op("shfl.sync.bfly.b32 $0, $1, 2, 0x1f, 0xffffffff;", "f", "f")
@@ -64,6 +72,46 @@ LOAD_TILE = Op(
 )
 # Ordinary writes to shared memory become visible to TMA and wgmma.
 PROXY_FENCE = Op("fence.proxy.async.shared::cta;")
+
+
+# A barrier by its number and the threads that take part: some wait, others only arrive.
+MEET = Op("bar.sync $0, $1;", "", "rr")
+ARRIVE = Op("bar.arrive $0, $1;", "", "rr")
+
+
+def load_rows(turns: int, rows_apart: int, *, vectors: bool) -> Block:
+    """Load four elements of every so many rows; what lies outside keeps its value.
+
+    Scalars: the address of the first element, the bytes from a row to the next of these rows, the
+    bytes from an element to the next, the first row, how many rows there are (one that is negative
+    or not below is outside), and how many elements from the first on. ``vectors`` says that four
+    lie side by side at multiples of 16 bytes, all outside or none.
+    """
+    arrays = (("f", 4 * turns, True),)
+    (loaded,), (address, step, next_, row, rows, elements) = Block.operands(arrays, "lllrrr")
+    lines = [
+        "{ .reg .pred inside, all; .reg .b32 row; .reg .b64 from, place;",
+        f"mov.b64 from, {address};",
+        f"mov.b32 row, {row};",
+    ]
+    for turn in range(turns):
+        four = loaded[4 * turn : 4 * turn + 4]
+        lines.append(f"setp.lt.u32 inside, row, {rows};")
+        if vectors:
+            lines += [
+                f"setp.gt.and.s32 all, {elements}, 0, inside;",
+                f"@all ld.global.v4.f32 {{{', '.join(four)}}}, [from];",
+            ]
+        else:
+            lines.append("mov.b64 place, from;")
+            for index, name in enumerate(four):
+                lines += [
+                    f"setp.gt.and.s32 all, {elements}, {index}, inside;",
+                    f"@all ld.global.f32 {name}, [place];",
+                    f"add.s64 place, place, {next_};",
+                ]
+        lines += [f"add.s64 from, from, {step};", f"add.s32 row, row, {rows_apart};"]
+    return Block("\n".join([*lines, "}"]), arrays, "lllrrr")
 
 
 def set_registers(count: int, *, more: bool) -> Op:
@@ -126,9 +174,73 @@ def accumulate(n: int, kind: str, keys: int) -> Block:
     return Block("\n".join(lines), arrays, "r")
 
 
-def wait_for(count: int, pending: int) -> Block:
+def part_products(n: int, dims: int, a_part: int, a_panel: int, b_panel: int) -> Block:
+    """``S[64, n] = A B^T``, both in three bfloat16 parts; begun and committed.
+
+    The first array holds three sums, one after the other: of the first part of A with each of B;
+    the second array the sum of the other products, but for the three smallest. The parts of B lie
+    one behind the other in each panel of 64 columns, so one instruction multiplies by all three.
+    Scalars are as for `products`.
+    """
+    each = n // 2
+    arrays = (("f", 3 * each, True), ("f", each, True))
+    (sums, rest), (a, b) = Block.operands(arrays, "rr")
+    upper = descriptor_words(16, 1024)[1]
+    lines = ["{ .reg .pred p; .reg .b32 low; .reg .b64 a, b;", "wgmma.fence.sync.aligned;"]
+    # Parts of A and of B, and where the sum goes: what is smaller is added first.
+    for of_a, of_b, count, to in (
+        (2, 0, n, rest),
+        (1, 1, n, rest),
+        (1, 0, n, rest),
+        (0, 0, 3 * n, sums),
+    ):
+        for step in range(dims // 16):
+            panel, inside = divmod(step, 4)
+            a_at = of_a * a_part + panel * a_panel + inside * 32
+            b_at = of_b * n * 128 + panel * b_panel + inside * 32
+            first = step == 0 and of_a in (0, 2)
+            lines += [
+                f"setp.ne.b32 p, {int(not first)}, 0;",
+                f"add.s32 low, {a}, {a_at >> 4};",
+                f"mov.b64 a, {{low, {upper}}};",
+                f"add.s32 low, {b}, {b_at >> 4};",
+                f"mov.b64 b, {{low, {upper}}};",
+                f"{_wgmma(count, 'bfloat16')} {{{', '.join(to)}}}, a, b, p, 1, 1, 0, 0;",
+            ]
+    lines += ["wgmma.commit_group.sync.aligned;", "}"]
+    return Block("\n".join(lines), arrays, "rr")
+
+
+def part_accumulate(n: int, keys: int, b_part: int) -> Block:
+    """``O[64, n] = P V``, both in three bfloat16 parts; begun and committed.
+
+    What is smaller is added first: each sum is cut off at the end, not rounded. Arrays are O and
+    the parts of P, the largest first, packed as the A operand; `b_part` bytes lie between the
+    parts of V, MN-major. The scalar is the lower word of the descriptor of V.
+    """
+    arrays = (("f", n // 2, True), *(("r", keys // 4, False),) * 3)
+    (sums, *weights), (b,) = Block.operands(arrays, "r")
+    upper = descriptor_words(16, 1024)[1]
+    lines = ["{ .reg .pred p; .reg .b32 low; .reg .b64 b;", "wgmma.fence.sync.aligned;"]
+    pairs = [(2, 0), (0, 2), (1, 1), (1, 0), (0, 1), (0, 0)]
+    for place, (of_p, of_v) in enumerate(pairs):
+        for step in range(keys // 16):
+            a = ", ".join(weights[of_p][4 * step : 4 * step + 4])
+            lines += [
+                f"setp.ne.b32 p, {int(place + step > 0)}, 0;",
+                f"add.s32 low, {b}, {(of_v * b_part + step * 16 * 128) >> 4};",
+                f"mov.b64 b, {{low, {upper}}};",
+                f"{_wgmma(n, 'bfloat16')} {{{', '.join(sums)}}}, {{{a}}}, b, p, 1, 1, 1;",
+            ]
+    lines += ["wgmma.commit_group.sync.aligned;", "}"]
+    return Block("\n".join(lines), arrays, "r")
+
+
+def wait_for(counts: int | tuple[int, ...], pending: int) -> Block:
     """Wait until at most `pending` groups are under way; the accumulators are ready then."""
-    return Block(f"wgmma.wait_group.sync.aligned {pending};", (("f", count, True),))
+    counts = (counts,) if isinstance(counts, int) else counts
+    arrays = tuple(("f", count, True) for count in counts)
+    return Block(f"wgmma.wait_group.sync.aligned {pending};", arrays)
 
 
 def descriptor_words(leading: int, stride: int) -> tuple[int, int]:

@@ -282,6 +282,19 @@ class Prepared:
 
 def item_table(problem: AttentionProblem, launch: Launch) -> Array:
     """What the kernel looks up for each item of the batch; see `hopper.ITEM_BYTES`."""
+    if launch.splits > 1:
+        offsets = np.arange(problem.batch_size, dtype=np.int64) * launch.out_item
+    else:
+        assert problem.out is not None
+        offsets = offsets_of(problem, problem.out)
+    table = np.zeros((problem.batch_size, hopper.ITEM_BYTES), np.uint8)
+    table[:, :16] = bounds_of(problem).view(np.uint8)
+    table[:, 16:] = offsets[:, None].view(np.uint8)
+    return table
+
+
+def bounds_of(problem: AttentionProblem) -> NDArray[np.int32]:
+    """Return ``(k_from, k_to, seqused_q, seqused_k)`` of each item of the batch."""
     k_from, k_to = relative_bounds(problem.causal, problem.window_size, 0)
     # A bound past every position is none; the kernel reads int32.
     bounds = np.stack(
@@ -292,15 +305,13 @@ def item_table(problem: AttentionProblem, launch: Launch) -> Array:
             problem.seqused_k,
         ],
         axis=-1,
-    ).astype(np.int32)
-    if launch.splits > 1:
-        offsets = np.arange(problem.batch_size, dtype=np.int64) * launch.out_item
-    else:
-        assert problem.out is not None
-        offsets = np.zeros(1, np.int64)
-        for n, step in zip(problem.batch_shape, problem.out.strides, strict=False):
-            offsets = (offsets[:, None] + np.arange(n, dtype=np.int64) * step).ravel()
-    table = np.zeros((problem.batch_size, hopper.ITEM_BYTES), np.uint8)
-    table[:, :16] = bounds.view(np.uint8)
-    table[:, 16:] = offsets[:, None].view(np.uint8)
-    return table
+    )
+    return bounds.astype(np.int32)
+
+
+def offsets_of(problem: AttentionProblem, array: Array) -> NDArray[np.int64]:
+    """Return how many bytes behind its first element each item of the batch begins."""
+    offsets = np.zeros(1, np.int64)
+    for n, step in zip(problem.batch_shape, array.strides, strict=False):
+        offsets = (offsets[:, None] + np.arange(n, dtype=np.int64) * step).ravel()
+    return offsets

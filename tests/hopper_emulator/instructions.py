@@ -105,9 +105,24 @@ def _add(_, a, b):
     return signed(a + b)
 
 
+@instruction("add.s64")
+def _add_64(_, a, b):
+    return signed(a + b, 64)
+
+
 @instruction("setp.ne.b32")
 def _differ(_, a, b):
     return a != b
+
+
+@instruction("setp.lt.u32")
+def _is_below(_, a, b):
+    return a & 0xFFFFFFFF < b & 0xFFFFFFFF
+
+
+@instruction("setp.gt.and.s32")
+def _is_above_and(_, a, b, also):
+    return a > b and also
 
 
 # Arithmetic of float32.
@@ -133,6 +148,19 @@ def _fma(_, a, b, c):
 @instruction("max.f32")
 def _max(_, a, b):
     return a if a >= b or b != b else b
+
+
+@instruction("max.NaN.f32")
+def _max_or_nan(_, a, b):
+    return a if a >= b or a != a else b
+
+
+@instruction("cvt.rz.bf16x2.f32")
+def _truncate_bfloat16(_, upper, lower):
+    low, high = struct.unpack("<2I", struct.pack("<2f", lower, upper))
+    low = low >> 16 if lower == lower else 0x7FFF
+    high = high >> 16 if upper == upper else 0x7FFF
+    return signed(low | high << 16)
 
 
 @instruction("cvt.rn.bf16x2.f32")
@@ -221,6 +249,11 @@ def _shuffle_butterfly(call, value, mask, clamp, members):
 @instruction("bar.sync", writes=False)
 def _barrier(call, number, threads):
     call.machine.meet(f"barrier {number}", threads)
+
+
+@instruction("bar.arrive", writes=False)
+def _arrive_at_barrier(call, number, threads):
+    call.machine.meet(f"barrier {number}", threads, waits=False)
 
 
 @instruction("setmaxnreg.*", writes=False)

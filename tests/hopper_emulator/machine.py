@@ -196,8 +196,11 @@ class Machine:
             self.warps[thread.warp].work.append(thread)
         waiting.clear()
 
-    def meet(self, key, count, value=None):
-        """Wait until `count` threads are here; return what each left, by its number."""
+    def meet(self, key, count, value=None, waits=True):
+        """Wait until `count` threads are here; return what each left, by its number.
+
+        One that does not wait counts as the others do.
+        """
         meeting = self._meetings.setdefault(key, Meeting())
         me = self.current
         if me.index in meeting.values:
@@ -206,9 +209,10 @@ class Machine:
         if len(meeting.values) == count:
             del self._meetings[key]
             self.wake(meeting.waiting)
-            self.give_way()
-        else:
+        if waits and len(meeting.values) < count:
             self.sleep(meeting.waiting, f"others at {key}")
+        else:
+            self.give_way()
         return meeting.values
 
     def set_registers(self, count):

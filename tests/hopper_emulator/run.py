@@ -61,6 +61,10 @@ class Emulator:
         """Return the function: threads call it as it is."""
         return function
 
+    def conversions(self):
+        """Return the one that kernels use."""
+        return {"int_as_float": lambda word: np.int32(signed(word)).view(np.float32)}
+
     def asm(self, op):
         """Return what interprets inline PTX."""
         return compiled(op, self)
