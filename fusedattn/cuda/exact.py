@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusedattn.cuda import compiler, driver, hopper_exact
+from fusedattn.cuda.schedule import schedule
 from fusedattn.cuda.tensor_cores import address_of, bounds_of, offsets_of
 from fusedattn.problem import AttentionProblem
 
@@ -17,10 +18,6 @@ Array = NDArray[Any]
 
 # By head dims, rounded up: keys of a tile, and stages, as many as shared memory holds.
 _TILES = {64: (64, 2), 128: (64, 1)}
-# Keys and values of so many bytes are walked at a time: they should stay in the L2.
-_L2_BYTES = 24 * 2**20
-# From so many keys on, starting a block of threads costs less than sharing tiles out ahead.
-_LONG = 2048
 # Registers of a thread that loads, and of one that computes.
 _REGISTERS = (88, 208)
 
@@ -91,13 +88,20 @@ class Launch(NamedTuple):
     """What a launch is given besides addresses."""
 
     config: hopper_exact.Config
-    grid: int
+    order: Array  # see `schedule`
     numbers: tuple[int | float, ...]
 
-    def arguments(self, addresses: dict[str, int], items: int) -> tuple[int | float, ...]:
-        """Return the kernel's arguments, given where its arrays and items lie; no lse: 0."""
+    @property
+    def grid(self) -> int:
+        """Blocks of threads."""
+        return int(self.order.shape[1])
+
+    def arguments(
+        self, addresses: dict[str, int], items: int, order: int
+    ) -> tuple[int | float, ...]:
+        """Return the kernel's arguments, given where all that it is given lies; no lse: 0."""
         where = (addresses[name] for name in ("q", "k", "v", "out"))
-        return (*where, addresses.get("lse", 0), items, *self.numbers)
+        return (*where, addresses.get("lse", 0), items, order, *self.numbers)
 
 
 def launch_of(
@@ -105,25 +109,15 @@ def launch_of(
 ) -> Launch:
     """Return how a problem is shared out."""
     assert problem.out is not None
-    heads = problem.batch_size * problem.num_heads
-    row_blocks = -(-problem.seqlen_q // config.block_q)
-    head_bytes = problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * 4
-    abreast = problem.group_size * (_L2_BYTES // max(1, head_bytes))
-    abreast = max(1, min(heads, abreast))
-    tiles = heads * row_blocks
-    # Equal or short tiles: a block of threads on each multiprocessor takes one after the other.
-    # Long tiles of different lengths: the hardware hands them out as it goes.
-    equal = not problem.causal and problem.window_size == (None, None)
-    equal = equal or problem.seqlen_k < _LONG
+    order = schedule(problem, (config.block_q, config.block_k), multiprocessors)
     arrays = (problem.q, problem.k, problem.v, problem.out)
     numbers = (
         *(stride for array in arrays for stride in array.strides[-3:]),
         *(problem.num_heads, problem.group_size, problem.seqlen_q),
-        *(problem.head_dim, problem.head_dim_v),
-        *(heads, abreast, row_blocks, abreast * row_blocks, tiles),
+        *(problem.head_dim, problem.head_dim_v, order.shape[0] * order.shape[1]),
         problem.scale / math.log(2.0),
     )
-    return Launch(config, min(tiles, multiprocessors) if equal else tiles, numbers)
+    return Launch(config, order, numbers)
 
 
 def item_table(problem: AttentionProblem) -> Array:
@@ -148,6 +142,7 @@ class Prepared:
             kernel, lambda: compiler.compiled(kernel, where.chip), launch.config.shared
         )
         self._items = driver.upload(where, item_table(problem))
+        self._order = driver.upload(where, launch.order)
         self._local = threading.local()
 
     def run(self, addresses: dict[str, int], stream: int) -> None:
@@ -156,5 +151,5 @@ class Prepared:
         if words is None:
             words = self._local.words = driver.Words(hopper_exact.FORMATS)
         launch = self._launch
-        words.fill(*launch.arguments(addresses, self._items.address))
+        words.fill(*launch.arguments(addresses, self._items.address, self._order.address))
         self._function.launch((launch.grid, 1, 1), (launch.config.threads, 1), stream, words)

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from fusedattn import masks
 from fusedattn.cuda import ptx
-from fusedattn.cuda.hopper import LARGE, LN_2, PANEL, ROW_BYTES, WARPGROUP
+from fusedattn.cuda.hopper import LARGE, LN_2, PANEL, ROW_BYTES, TURN_BYTES, WARPGROUP
 from fusedattn.cuda.unroll import inlined, unrolled
 
 PARTS = 3
@@ -80,10 +80,11 @@ class Config(NamedTuple):
         return self.q_bytes + self.stages * (self.k_bytes + self.v_bytes) + 1024 + 256
 
 
-# Addresses: q, k, v, out, lse (0 for none), the items; strides in bytes of heads, rows, elements.
+# Addresses: q, k, v, out, lse (0 for none), items, the order of the tiles; then strides in bytes of
+# heads, rows and elements.
 # What the host can compute is a parameter: it takes no register.
-PARAMETERS = ("int64",) * 18 + ("int32",) * 10 + ("float32",)
-FORMATS = "q" * 18 + "i" * 10 + "f"
+PARAMETERS = ("int64",) * 19 + ("int32",) * 6 + ("float32",)
+FORMATS = "q" * 19 + "i" * 6 + "f"
 # What an item of the batch has in the table: four int32, and where q, k, v and out begin, as int64.
 ITEM_BYTES = 48
 
@@ -221,8 +222,10 @@ def make(tools: Any, config: Config) -> Any:
     @inlined
     def weigh(scores, row_max, row_sum, rescale, scale_log2):
         # From scores to weights: the largest of each row, and what the rows before it shrink by.
+        # Weights are added up over one tile first: errors grow with the number of sums.
         old = cuda.local.array(2, float32)
         shift = cuda.local.array(2, float32)
+        tile_sum = cuda.local.array(2, float32)
         for h in unrolled(2):
             old[h] = -row_max[h] * scale_log2
         find_maximum(scores, row_max)
@@ -233,7 +236,7 @@ def make(tools: Any, config: Config) -> Any:
                 shift[h] = float32(0)
             # Before a row's first key, sums and outputs are 0: so is the factor.
             rescale[h] = exp2(min(shift[h] - old[h], float32(0)))
-            row_sum[h] *= rescale[h]
+            tile_sum[h] = float32(0)
         if max(abs(shift[0]), abs(shift[1])) > float32(LARGE):
             # Far from 0, a product rounded here and not there may differ by more than the largest
             # exponent.
@@ -249,7 +252,9 @@ def make(tools: Any, config: Config) -> Any:
             for h in unrolled(2):
                 for j in unrolled(4 * i + 2 * h, 4 * i + 2 * h + 2):
                     scores[j] = exp2(fma(scores[j], scale_log2, shift[h]))
-                row_sum[h] += scores[4 * i + 2 * h] + scores[4 * i + 2 * h + 1]
+                tile_sum[h] += scores[4 * i + 2 * h] + scores[4 * i + 2 * h + 1]
+        for h in unrolled(2):
+            row_sum[h] = fma(row_sum[h], rescale[h], tile_sum[h])
 
     @inlined
     def write_row(h, outputs, factor, to, out_last, column, head_dim_v):
@@ -264,45 +269,36 @@ def make(tools: Any, config: Config) -> Any:
                         store_float(to + int64(i * 8 + 1) * out_last, y)
 
     def kernel(
-        q, k, v, out, lse, items, q_head, q_row, q_last, k_head, k_row, k_last,
+        q, k, v, out, lse, items, order, q_head, q_row, q_last, k_head, k_row, k_last,
         v_head, v_row, v_last, out_head, out_row, out_last,
-        num_heads, group_size, seqlen_q, head_dim, head_dim_v, heads, abreast, row_blocks,
-        section_tiles, all_tiles, scale_log2,
+        num_heads, group_size, seqlen_q, head_dim, head_dim_v, turns, scale_log2,
     ):  # fmt: skip
         thread = int32(cuda.threadIdx.x)
         # Products of int32 are int64 to Numba: what is cast back stays in one register.
         shared = int32((shared_base() + int32(1023)) & int32(-1024))
-        blocks = int32(cuda.gridDim.x)
         # The tile at hand: which it is, what bounds its keys, and which any row of it sees.
-        turn, round_lo = int32(cuda.blockIdx.x), int32(0)
-        tile = turn
+        turn, more = int32(cuda.blockIdx.x), True
         batch, head, row_lo, row_hi = int32(0), int32(0), int32(0), int32(0)
         k_from, k_to, used_q, used_k = int32(0), int32(0), int32(0), int32(0)
         key_lo, key_hi, item = int32(0), int32(0), items
 
         def locate():
+            # The next tile, if there is one more.
             nonlocal batch, head, row_lo, row_hi, item, k_from, k_to, used_q, used_k, key_lo, key_hi
-            # As many heads abreast as the L2 holds, their longest tiles first.
-            section = int32(tile // section_tiles)
-            index = int32(tile - section * section_tiles)
-            here = int32(min(abreast, heads - section * abreast))
-            row_lo = int32((row_blocks - int32(1) - index // here) * int32(BLOCK_Q))
-            row_hi = min(int32(row_lo + BLOCK_Q), seqlen_q)
-            head = int32(section * abreast + index % here)
-            batch = int32(head // num_heads)
-            head = int32(head - batch * num_heads)
-            item = items + int64(batch) * int64(ITEM_BYTES)
-            k_from, k_to = load_int(item), load_int(item + int64(4))
-            used_q, used_k = load_int(item + int64(8)), load_int(item + int64(12))
-            lo, hi = block_interval(row_lo, row_hi, k_from, k_to, used_q, used_k)
-            key_lo, key_hi = int32(lo), int32(hi)
-
-        def go_on():
-            # Tiles go from long to short: back and forth over the blocks, each has its share.
-            nonlocal turn, round_lo, tile
-            turn = int32(blocks - int32(1) - turn)
-            round_lo = int32(round_lo + blocks)
-            tile = int32(round_lo + turn)
+            nonlocal turn, more
+            more = turn < turns
+            if more:
+                at = order + int64(turn) * int64(TURN_BYTES)
+                batch, head, row_lo = load_int(at), load_int(at + int64(4)), load_int(at + int64(8))
+                turn = int32(turn + int32(cuda.gridDim.x))
+                more = batch >= 0
+            if more:
+                row_hi = min(int32(row_lo + BLOCK_Q), seqlen_q)
+                item = items + int64(batch) * int64(ITEM_BYTES)
+                k_from, k_to = load_int(item), load_int(item + int64(4))
+                used_q, used_k = load_int(item + int64(8)), load_int(item + int64(12))
+                lo, hi = block_interval(row_lo, row_hi, k_from, k_to, used_q, used_k)
+                key_lo, key_hi = int32(lo), int32(hi)
 
         if thread == 0:
             for s in unrolled(STAGES):
@@ -325,8 +321,8 @@ def make(tools: Any, config: Config) -> Any:
             place_in_panels(v_place, thread, FOURS_V, KV_PANEL)
             # The first round of waits passes: nobody has used anything yet.
             stage, phase = int32(0), int32(1)
-            while tile < all_tiles:
-                locate()
+            locate()
+            while more:
                 if key_lo < key_hi:
                     first_key = int32(key_lo // int32(KEYS) * int32(KEYS))
                     key = int32((key_hi - int32(1)) // int32(KEYS) * int32(KEYS))
@@ -361,7 +357,7 @@ def make(tools: Any, config: Config) -> Any:
                         key = int32(key - KEYS)
                         k_at -= k_row * int64(KEYS)
                         v_at -= v_row * int64(KEYS)
-                go_on()
+                locate()
         else:
             more_registers()
             queries = cuda.local.array(4 * Q_TURNS, float32)
@@ -448,8 +444,8 @@ def make(tools: Any, config: Config) -> Any:
 
             if warpgroup == 1:
                 pass_turn()
-            while tile < all_tiles:
-                locate()
+            locate()
+            while more:
                 if key_lo < key_hi:
                     take_queries()
                 lo, hi = common_interval(row_lo, row_hi, k_from, k_to, used_q, used_k)
@@ -511,7 +507,7 @@ def make(tools: Any, config: Config) -> Any:
                         to = out + load_long(item + int64(40)) + int64(head) * out_head
                         to += int64(row) * out_row + int64(column) * out_last
                         write_row(h, outputs, factor, to, out_last, column, head_dim_v)
-                go_on()
+                locate()
             if warpgroup == 0:
                 await_turn()  # which the other has passed at last
 

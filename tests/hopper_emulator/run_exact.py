@@ -57,7 +57,8 @@ def forward(problem, *, tile=small, made=kernel_for, seed=None):
         addresses["lse"] = memory.add("lse", lse)
     launch = exact.launch_of(problem, config, MULTIPROCESSORS)
     items = exact.item_table(problem)
-    arguments = launch.arguments(addresses, memory.add("items", items))
+    order = memory.add("order", launch.order)
+    arguments = launch.arguments(addresses, memory.add("items", items), order)
     assert len(arguments) == len(hopper_exact.PARAMETERS)
     if seed is None:  # another one for each call, and the same in each run
         seed = zlib.crc32(problem.q.tobytes() + problem.k.tobytes())
