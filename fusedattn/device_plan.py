@@ -16,7 +16,7 @@ import numpy as np
 from fusedattn import arrays, checks, dispatch
 from fusedattn.arrays import Array, Kind, View
 from fusedattn.functions import fingerprint, plain_function
-from fusedattn.problem import AttentionProblem
+from fusedattn.problem import AttentionProblem, make_lengths
 
 # Kinds of calls to remember, each with its prepared launch.
 CAPACITY = 256
@@ -25,6 +25,7 @@ CAPACITY = 256
 _INPUTS = ("q", "k", "v", "mask", "bias", "alibi_slopes", "sinks")
 _OPERANDS = {**{name: name for name in _INPUTS}, "alibi_slopes": "slopes", "out": "out"}
 _NAMES = tuple(_OPERANDS.items())
+_LENGTHS = ("q_offset", "seqused_q", "seqused_k")
 
 
 class Aux(NamedTuple):
@@ -77,6 +78,9 @@ class DevicePlan:
             raise NotImplementedError(f"backend 'cuda' not able to run this: {'; '.join(reasons)}")
         if problem.out is None:
             problem = replace(problem, out=_dense_out(problem))
+        self._lengths_given = [getattr(call, name) is not None for name in _LENGTHS]
+        batch = problem.batch_shape, problem.batch_size
+        self._seqlens: tuple[int, int, Any] = problem.seqlen_q, problem.seqlen_k, batch
         self._out_shape = problem.restore(problem.out).shape
         self._out_dtype = problem.out_dtype
         self._lse_shape = problem.lse_shape if problem.return_lse else None
@@ -95,6 +99,9 @@ class DevicePlan:
         k: Any,
         v: Any,
         *,
+        q_offset: Any = None,
+        seqused_q: Any = None,
+        seqused_k: Any = None,
         score_mod_aux: Any = (),
         mask: Any = None,
         bias: Any = None,
@@ -123,15 +130,30 @@ class DevicePlan:
         if aux.kinds != self._aux_kinds:
             told, was = (", ".join(map(_told, some)) for some in (aux.kinds, self._aux_kinds))
             raise ValueError(f"score_mod_aux is ({told}), but when planned was ({was})")
+        lengths = (q_offset, seqused_q, seqused_k)
+        for name, length, given in zip(_LENGTHS, lengths, self._lengths_given, strict=True):
+            if (length is not None) != given:
+                one, other = ("given", "not given") if given else ("not given", "given")
+                raise ValueError(f"{name} is {other}, but when planned was {one}")
         if self._score_mod is not None and _computes(self._score_mod) != self._computes:
             raise ValueError("score_mod, or a number that it reads, was another one when planned")
-        return self.run(operands, addresses, aux, number)
+        return self.run(operands, lengths, addresses, aux, number)
 
     def run(
-        self, operands: tuple[Any, ...], addresses: dict[str, int], aux: Aux, stream: int
+        self,
+        operands: tuple[Any, ...],
+        lengths: tuple[Any, Any, Any],
+        addresses: dict[str, int],
+        aux: Aux,
+        stream: int,
     ) -> Any:
         """Compute a call of this kind; ``operands`` are its arrays, in the order of the names."""
         addresses |= aux.addresses
+        in_host = aux.in_host
+        if any(self._lengths_given):
+            resolved = make_lengths(*lengths, *self._seqlens)
+            if self._prepared is not None:
+                in_host = in_host | self._prepared.tables(resolved)
         q, out, lse = operands[0], operands[-1], None
         if out is None:
             out = arrays.empty_like(q, self._out_shape, self._out_dtype)
@@ -143,8 +165,7 @@ class DevicePlan:
             addresses["lse"] = arrays.address_of(lse, stream)
         if self._prepared is not None:
             with self._prepared.where.current():
-                # A kernel without functions of the user's has nothing in host memory.
-                self._prepared.run(addresses, stream, *([aux.in_host] if aux.in_host else []))
+                self._prepared.run(addresses, stream, in_host)
         return out if lse is None else (out, lse)
 
     def _may_overlap(self, addresses: dict[str, int]) -> bool:
@@ -266,13 +287,12 @@ def run(call: Any) -> Any:
                 while len(_plans) >= CAPACITY:
                     del _plans[next(iter(_plans))]
                 _plans[key] = plan
-    return plan.run(operands, addresses, aux, stream)
+    lengths = (call.q_offset, call.seqused_q, call.seqused_k)
+    return plan.run(operands, lengths, addresses, aux, stream)
 
 
 def _key(call: Any, kinds: list[Any]) -> Any:
-    """All that decides how a call is run; None where contents of other arrays decide too."""
-    if not (call.q_offset is call.seqused_q is call.seqused_k is None):
-        return None
+    """All that decides how a call is run but its lengths, of which counts which are given."""
     # Not the score_mod counts but what it computes, which follows the globals that it reads; a
     # block mask itself, because what it holds never changes.
     computes = _computes(call.score_mod)
@@ -282,7 +302,8 @@ def _key(call: Any, kinds: list[Any]) -> Any:
     options = (
         *(call.scale, call.causal, call.window_size, call.softcap, call.dropout_p, call.seed),
         *(call.layout, call.return_lse, call.out_dtype, call.backend, type(call.score_mod_aux)),
-        *(computes, call.block_mask),
+        *(computes, call.block_mask, call.q_offset is None),
+        *(call.seqused_q is None, call.seqused_k is None),
     )
     return (*kinds, *options, *map(type, options), *map(type, call.window_size or ()))
 

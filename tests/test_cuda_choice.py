@@ -271,6 +271,9 @@ class Launches:
         self.started.append((addresses, stream))
         self.in_host = in_host or {}
 
+    def tables(self, lengths):
+        return {"items": lengths}
+
 
 class Lent:
     """Host memory that says it lies on a GPU."""
@@ -313,6 +316,22 @@ def test_a_plan_for_arrays_on_a_gpu_starts_what_was_prepared(launches):
     shorter = Lent(Q[:, :, :4])
     with pytest.raises(ValueError, match=r"k is an array of .* but when planned was"):
         step(q, shorter, shorter, out=out)
+
+
+def test_a_decode_on_a_gpu_is_prepared_once_whatever_its_lengths(launches):
+    q = Lent(Q)
+    step = fusedattn.plan(q, q, q, seqused_k=8)
+    for seqlen in (3, 4):
+        fusedattn.attention(q, q, q, seqused_k=seqlen)
+        assert launches.in_host["items"].seqused_k.tolist() == [seqlen]
+        assert launches.in_host["items"].q_offset.tolist() == [seqlen - 8]
+        step(q, q, q, seqused_k=np.array([seqlen]))
+        assert launches.in_host["items"].seqused_k.tolist() == [seqlen]
+    assert launches.prepared == 2  # the plan in hand, and the one that attention remembers
+    with pytest.raises(ValueError, match="seqused_k must be"):
+        fusedattn.attention(q, q, q, seqused_k=9)
+    with pytest.raises(ValueError, match="seqused_k is not given, but when planned was given"):
+        step(q, q, q)
 
 
 def test_an_output_on_a_gpu_must_not_overlap_an_input(launches):

@@ -1,6 +1,7 @@
 """On an NVIDIA GPU: the laws of the kit for each kernel, and arrays in kind. ``pytest -m gpu``."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -137,6 +138,19 @@ def test_large_logits_do_not_overflow_in_their_products():
     expected = fusedattn.attention(q, q, q, backend="reference", return_lse=True)
     np.testing.assert_allclose(out, expected[0], rtol=1e-2)
     np.testing.assert_allclose(lse, expected[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_other_lengths_take_the_launch_that_was_prepared(dtype, rows):
+    torch = pytest.importorskip("torch")
+    q, k, v = (normal(s, 2, 4, n, 64, dtype=dtype) for s, n in enumerate((rows, 1500, 1500)))
+    there = [torch.from_numpy(x).cuda() for x in (q, k, v)]
+    step = fusedattn.plan(*there, causal=True, seqused_k=1500)
+    for lengths in (np.array([3, 1500]), np.array([700, 60])):
+        expected = on_gpu(q, k, v, causal=True, seqused_k=lengths)
+        for call in (step, partial(fusedattn.attention, causal=True)):
+            assert_same_bits(call(*there, seqused_k=lengths).cpu().numpy(), expected)
 
 
 def test_explain_names_the_kernel():

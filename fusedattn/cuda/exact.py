@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusedattn.cuda import compiler, driver, hopper_exact
+from fusedattn.cuda.params import lengths_of
 from fusedattn.cuda.schedule import schedule
 from fusedattn.cuda.tensor_cores import address_of, bounds_of, offsets_of
-from fusedattn.problem import AttentionProblem
+from fusedattn.problem import AttentionProblem, Lengths
 
 Array = NDArray[Any]
 
@@ -124,7 +125,7 @@ def item_table(problem: AttentionProblem) -> Array:
     """What the kernel looks up for each item of the batch; see `hopper_exact.ITEM_BYTES`."""
     assert problem.out is not None
     table = np.zeros((problem.batch_size, hopper_exact.ITEM_BYTES), np.uint8)
-    table[:, :16] = bounds_of(problem).view(np.uint8)
+    table[:, :16] = bounds_of(problem, lengths_of(problem)).view(np.uint8)
     arrays = (problem.q, problem.k, problem.v, problem.out)
     offsets = np.stack([offsets_of(problem, array) for array in arrays], axis=-1)
     table[:, 16:] = offsets.view(np.uint8)
@@ -141,15 +142,34 @@ class Prepared:
         self._function = where.function(
             kernel, lambda: compiler.compiled(kernel, where.chip), launch.config.shared
         )
-        self._items = driver.upload(where, item_table(problem))
+        self._problem, self._table = problem, item_table(problem)
+        self._items = driver.upload(where, self._table)
         self._order = driver.upload(where, launch.order)
         self._local = threading.local()
 
-    def run(self, addresses: dict[str, int], stream: int) -> None:
-        """Start the kernel on arrays at these addresses; its context is current."""
+    def tables(self, lengths: Lengths) -> dict[str, Array]:
+        """Return what `run` is to be given in host memory for a call with other lengths."""
+        table = self._table.copy()
+        table[:, :16] = bounds_of(self._problem, lengths).view(np.uint8)
+        return {"items": table}
+
+    def run(
+        self, addresses: dict[str, int], stream: int, in_host: dict[str, Array] | None = None
+    ) -> None:
+        """Start the kernel on arrays at these addresses; its context is current.
+
+        Arrays `in_host` memory are copied first.
+        """
+        if in_host:
+            with driver.copied(self.where, in_host["items"], stream) as items:
+                self._start(addresses, items, stream)
+        else:
+            self._start(addresses, self._items.address, stream)
+
+    def _start(self, addresses: dict[str, int], items: int, stream: int) -> None:
         words = getattr(self._local, "words", None)
         if words is None:
             words = self._local.words = driver.Words(hopper_exact.FORMATS)
         launch = self._launch
-        words.fill(*launch.arguments(addresses, self._items.address, self._order.address))
+        words.fill(*launch.arguments(addresses, items, self._order.address))
         self._function.launch((launch.grid, 1, 1), (launch.config.threads, 1), stream, words)

@@ -134,9 +134,23 @@ def word_table(
         items[:, ITEM[f"{name}_at"]] = item_offsets(span, problem.batch_shape, len(axes))
     for name, value in header.items():
         table[SLOT[name]] = value
+    enter_lengths(table, problem, lengths)
+    return table
+
+
+def enter_lengths(
+    table: NDArray[np.int64], problem: AttentionProblem, lengths: Lengths
+) -> NDArray[np.int64]:
+    """Enter the lengths of the batch items into the table of integers, and return it."""
+    items = table[HEADER:].reshape(problem.batch_size, ITEM_SIZE)
     k_from, k_to = relative_bounds(problem.causal, problem.window_size, 0)
     items[:, ITEM["k_from"]] = lengths.q_offset + k_from
     items[:, ITEM["k_to"]] = lengths.q_offset + k_to
     for name, values in lengths._asdict().items():
         items[:, ITEM[name]] = values
     return table
+
+
+def lengths_of(problem: AttentionProblem) -> Lengths:
+    """Return the lengths of a problem."""
+    return Lengths(problem.q_offset, problem.seqused_q, problem.seqused_k)

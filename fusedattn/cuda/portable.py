@@ -18,7 +18,9 @@ from fusedattn.cuda.params import (
     REALS,
     SPLIT_KEYS,
     Span,
+    enter_lengths,
     heads_per_item,
+    lengths_of,
     real_table,
     span_of,
     word_table,
@@ -127,11 +129,6 @@ def spans_of(operands: dict[str, Array | None]) -> dict[str, Span]:
     return spans
 
 
-def lengths_of(problem: AttentionProblem) -> Lengths:
-    """Return the lengths of a problem."""
-    return Lengths(problem.q_offset, problem.seqused_q, problem.seqused_k)
-
-
 def simulate(problem: AttentionProblem, operands: dict[str, Array | None]) -> None:
     """Run the kernel in Numba's simulator, on contiguous arrays in host memory."""
     tools = compiler.toolchain()
@@ -185,7 +182,9 @@ class Prepared:
         operands = operands_of(problem, problem.out, problem.out)
         spans = spans_of(operands)
         lengths = lengths_of(problem)
-        self._words = driver.upload(where, word_table(problem, spans, config.block_q, lengths))
+        self._problem = problem
+        self._table = word_table(problem, spans, config.block_q, lengths)
+        self._words = driver.upload(where, self._table)
         self._reals = driver.upload(where, real_table(problem))
         self._combine: combine.Prepared | None = None
         real = problem.accumulator.itemsize
@@ -210,6 +209,10 @@ class Prepared:
         arguments = [known.get(name, Argument(name)) for name in simt.names(config)]
         grid, block = grid_of(problem, config), (config.columns, config.rows)
         self._launch = Launch(kernel_of(config), where, grid, block, arguments)
+
+    def tables(self, lengths: Lengths) -> dict[str, Array]:
+        """Return what `run` is to be given in host memory for a call with other lengths."""
+        return {"words": enter_lengths(self._table.copy(), self._problem, lengths)}
 
     def run(
         self, addresses: dict[str, int], stream: int, in_host: dict[str, Array] | None = None

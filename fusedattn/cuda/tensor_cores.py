@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusedattn.cuda import combine, compiler, driver, hopper
-from fusedattn.cuda.params import SPLIT_KEYS, SPLIT_QUERIES, span_of, unit_heads
+from fusedattn.cuda.params import SPLIT_KEYS, SPLIT_QUERIES, lengths_of, span_of, unit_heads
 from fusedattn.cuda.schedule import schedule
 from fusedattn.masks import MAX_SEQLEN, relative_bounds
-from fusedattn.problem import AttentionProblem
+from fusedattn.problem import AttentionProblem, Lengths
 
 Array = NDArray[Any]
 
@@ -238,7 +238,8 @@ class Prepared:
         )
         self._boxes = boxes_of(problem, launch.config)
         self._dtype = problem.dtype.name
-        self._items = driver.upload(where, item_table(problem, launch))
+        self._problem, self._table = problem, item_table(problem, launch)
+        self._items = driver.upload(where, self._table)
         self._order = driver.upload(where, launch.order)
         self._combine = None
         if launch.splits > 1:
@@ -248,25 +249,42 @@ class Prepared:
         self._maps: dict[tuple[int, int, int], driver.Memory] = {}
         self._local = threading.local()
 
-    def run(self, addresses: dict[str, int], stream: int) -> None:
-        """Start the kernel on arrays at these addresses; its context is current."""
+    def tables(self, lengths: Lengths) -> dict[str, Array]:
+        """Return what `run` is to be given in host memory for a call with other lengths."""
+        table = self._table.copy()
+        table[:, :16] = bounds_of(self._problem, lengths).view(np.uint8)
+        return {"items": table}
+
+    def run(
+        self, addresses: dict[str, int], stream: int, in_host: dict[str, Array] | None = None
+    ) -> None:
+        """Start the kernel on arrays at these addresses; its context is current.
+
+        Arrays `in_host` memory are copied first.
+        """
+        if in_host:
+            with driver.copied(self.where, in_host["items"], stream) as items:
+                self._run(addresses, items, stream)
+        else:
+            self._run(addresses, self._items.address, stream)
+
+    def _run(self, addresses: dict[str, int], items: int, stream: int) -> None:
         key = addresses["q"], addresses["k"], addresses["v"]
         maps = self._maps.get(key) or self._make_maps(key)
         if self._combine is None:
-            self._start(maps, addresses["out"], addresses.get("lse", 0), stream)
+            self._start(maps, addresses["out"], addresses.get("lse", 0), items, stream)
             return
         outputs, lse = self._combine.sizes
         with driver.scratch(self.where, outputs + lse, stream) as scratch:
-            self._start(maps, scratch, scratch + outputs, stream)
+            self._start(maps, scratch, scratch + outputs, items, stream)
             self._combine.run(scratch, addresses, stream)
 
-    def _start(self, maps: driver.Memory, out: int, lse: int, stream: int) -> None:
+    def _start(self, maps: driver.Memory, out: int, lse: int, items: int, stream: int) -> None:
         words = getattr(self._local, "words", None)
         if words is None:
             words = self._local.words = driver.Words(hopper.FORMATS)
         launch = self._launch
-        items, order = self._items.address, self._order.address
-        words.fill(*launch.arguments(maps.address, out, lse, items, order))
+        words.fill(*launch.arguments(maps.address, out, lse, items, self._order.address))
         self._function.launch((launch.grid, 1, 1), (launch.config.threads, 1), stream, words)
 
     def _make_maps(self, key: tuple[int, int, int]) -> driver.Memory:
@@ -288,21 +306,21 @@ def item_table(problem: AttentionProblem, launch: Launch) -> Array:
         assert problem.out is not None
         offsets = offsets_of(problem, problem.out)
     table = np.zeros((problem.batch_size, hopper.ITEM_BYTES), np.uint8)
-    table[:, :16] = bounds_of(problem).view(np.uint8)
+    table[:, :16] = bounds_of(problem, lengths_of(problem)).view(np.uint8)
     table[:, 16:] = offsets[:, None].view(np.uint8)
     return table
 
 
-def bounds_of(problem: AttentionProblem) -> NDArray[np.int32]:
+def bounds_of(problem: AttentionProblem, lengths: Lengths) -> NDArray[np.int32]:
     """Return ``(k_from, k_to, seqused_q, seqused_k)`` of each item of the batch."""
     k_from, k_to = relative_bounds(problem.causal, problem.window_size, 0)
     # A bound past every position is none; the kernel reads int32.
     bounds = np.stack(
         [
-            np.clip(problem.q_offset + k_from, -MAX_SEQLEN, MAX_SEQLEN),
-            np.clip(problem.q_offset + k_to, -MAX_SEQLEN, MAX_SEQLEN),
-            problem.seqused_q,
-            problem.seqused_k,
+            np.clip(lengths.q_offset + k_from, -MAX_SEQLEN, MAX_SEQLEN),
+            np.clip(lengths.q_offset + k_to, -MAX_SEQLEN, MAX_SEQLEN),
+            lengths.seqused_q,
+            lengths.seqused_k,
         ],
         axis=-1,
     )
