@@ -8,7 +8,9 @@ calls, so the time of the host shows only where it is longer than that of the GP
 """
 
 import argparse
+import functools
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -33,7 +35,16 @@ PREFILL = [
     (1, 32, 32, 16384, 64),
     (1, 8, 8, 16384, 256),
 ]
-FLOAT32 = [(1, 16, 16, 4096, 64), (1, 16, 16, 4096, 128)]
+FLOAT32 = [(1, 16, 16, 4096, 64), (1, 16, 16, 4096, 128), (2, 32, 8, 8192, 128)]
+# The same with queries: (batch, heads, heads_kv, keys, head_dim, queries).
+DECODE = [
+    (64, 32, 8, 8192, 128, 1),
+    (64, 32, 8, 8192, 128, 4),
+    (64, 32, 8, 8192, 64, 1),
+    (8, 32, 32, 4096, 128, 1),
+    (1, 32, 8, 32768, 128, 1),
+]
+FEATURES = (2, 16, 16, 4096, 128)
 PEERS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash2": SDPBackend.FLASH_ATTENTION}
 CHECKED_ROWS = 64
 
@@ -137,19 +148,100 @@ def ceilings() -> dict[str, float]:
     return {"bf16_tflops": 2 * 8192**3 / product / 1e9, "copy_tb_s": 2 * 2**32 / copy / 1e9}
 
 
+def measure_decode(shape: tuple[int, ...], rounds: int, copy: float) -> dict[str, Any]:
+    """Time of few queries against many keys, and the rate at which those are read."""
+    *sizes, queries = shape
+    _, k, v = tensors(tuple(sizes), torch.bfloat16)  # type: ignore[arg-type]
+    q = torch.randn(sizes[0], sizes[1], queries, sizes[4], device="cuda", dtype=torch.bfloat16)
+    calls = contenders(q, k, v, False, {"flash2": SDPBackend.FLASH_ATTENTION})
+    rows = torch.arange(queries, device="cuda")
+    reference = expected(q, k, v, False, rows)
+    errors = {}
+    for name, call in calls.items():
+        errors[name] = float((call()[-1, -1].double() - reference).norm() / reference.norm())
+        for _ in range(3):
+            call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(milliseconds(call, 10))
+    size = (k.numel() + v.numel()) * 2
+    rates = {name: size / statistics.median(t) / 1e9 for name, t in times.items()}
+    shares = {name: rate / copy for name, rate in rates.items()}
+    result = {"shape": shape, "errors": errors, "milliseconds": times}
+    return result | {"tb_s": rates, "share_of_copy": shares}
+
+
+def features(q: Any) -> dict[str, dict[str, Any]]:
+    """Keywords of one feature at a time."""
+    _, heads, seqlen, _ = q.shape
+    table = torch.randn(2 * seqlen, device="cuda")
+
+    def squash(score, batch, head, q_idx, k_idx):  # type: ignore[no-untyped-def]
+        return 20.0 * math.tanh(score / 20.0)
+
+    def relative(score, batch, head, q_idx, k_idx, table):  # type: ignore[no-untyped-def]
+        return score + table[q_idx - k_idx + seqlen]
+
+    return {
+        "plain": {},
+        "softcap": {"softcap": 20.0},
+        "alibi_slopes": {"alibi_slopes": torch.rand(heads, device="cuda")},
+        "sinks": {"sinks": torch.randn(heads, device="cuda")},
+        "bias": {"bias": torch.randn(heads, seqlen, seqlen, device="cuda", dtype=q.dtype)},
+        "mask": {"mask": torch.rand(seqlen, seqlen, device="cuda") < 0.9},
+        "dropout": {"dropout_p": 0.1, "seed": 1},
+        "score_mod tanh": {"score_mod": squash},
+        "score_mod table": {"score_mod": relative, "score_mod_aux": (table,)},
+    }
+
+
+def measure_features(rounds: int) -> dict[str, float]:
+    """TFLOP/s of one feature at a time, causal; the operations are those of plain attention."""
+    q, k, v = tensors(FEATURES, torch.bfloat16)
+    calls = {
+        name: functools.partial(fusedattn.attention, q, k, v, causal=True, **keywords)
+        for name, keywords in features(q).items()
+    }
+    for call in calls.values():
+        call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(milliseconds(call, 3))
+    batch, heads, _, seqlen, dim = FEATURES
+    work = 2 * batch * heads * seqlen * seqlen * dim
+    return {name: work / statistics.median(t) / 1e9 for name, t in times.items()}
+
+
 def host_microseconds(count: int = 2000) -> dict[str, float]:
-    """Time of the host for one call of `attention` on tensors, as the GPU keeps up."""
+    """Time of the host for one call on tensors, as the GPU keeps up."""
     q, k, v = tensors((1, 1, 1, 64, 64), torch.bfloat16)
     out = torch.empty_like(q)
+    step: Any = fusedattn.plan(q, k, v)
+    into: Any = fusedattn.plan(q, k, v, out=out)
+    _, prompt, _ = tensors((1, 32, 8, 4096, 128), torch.bfloat16)
+    token = torch.randn(1, 32, 1, 128, device="cuda", dtype=torch.bfloat16)
+    addresses = {name: x.data_ptr() for name, x in zip("qkv", (q, k, v), strict=True)}
+    addresses["out"] = out.data_ptr()
+    stream = torch.cuda.current_stream().cuda_stream
+    calls: dict[str, Run] = {
+        "attention": lambda: fusedattn.attention(q, k, v),
+        "attention(out=)": lambda: fusedattn.attention(q, k, v, out=out),
+        "plan": lambda: step(q, k, v),
+        "plan(out=)": lambda: into(q, k, v, out=out),
+        "prepared launch": lambda: into._prepared.run(addresses, stream),
+        "attention, split keys": lambda: fusedattn.attention(token, prompt, prompt),
+    }
     result = {}
-    kinds: dict[str, dict[str, Any]] = {"attention": {}, "attention(out=)": {"out": out}}
-    for name, keywords in kinds.items():
+    for name, call in calls.items():
+        call()
         times = []
         for _ in range(20):
             torch.cuda.synchronize()
             start = time.perf_counter()
             for _ in range(count // 20):
-                fusedattn.attention(q, k, v, **keywords)
+                call()
             times.append((time.perf_counter() - start) / (count // 20) * 1e6)
         torch.cuda.synchronize()
         result[name] = statistics.median(times)
@@ -165,6 +257,14 @@ def main() -> None:
     found["cudnn"] = torch.backends.cudnn.version()
     found["ceilings"], found["host"] = ceilings(), host_microseconds()
     print(found)
+    found["features"] = measure_features(options.rounds)
+    print({name: round(rate) for name, rate in found["features"].items()})
+    found["decode"] = []
+    for decode in DECODE:
+        result = measure_decode(decode, options.rounds, found["ceilings"]["copy_tb_s"])
+        found["decode"].append(result)
+        shares = {name: round(share, 2) for name, share in result["share_of_copy"].items()}
+        print(decode, "share of the copy rate", shares, result["errors"])
     found["results"] = []
     for dtype, shapes, peers in (
         (torch.bfloat16, PREFILL, PEERS),
