@@ -57,6 +57,7 @@ _INTEGERS = [
     "queries_part",  # of one part of them, and so on
     "keys_part",
     "values_part",
+    "weights_bytes",  # of the weights of a tile, in parts
     "chunk_keys",  # of few rows: keys whose sums start from nothing
     "chunks",
     "partial_bytes",
