@@ -16,6 +16,7 @@ from fusedattn.cpu.choice import (
 )
 from fusedattn.cpu.memory import STORAGE_CODE
 from fusedattn.cpu.micro import LOG2_E, UNSEEN
+from fusedattn.cpu.micro.matrix import unlift
 from fusedattn.cpu.params import SCRATCH
 from fusedattn.cpu.tile import CHUNK_KEYS, MATRIX_KEYS, ROWS_PER_ITEM, Tile
 from fusedattn.cpu.user.words import describe_tables
@@ -115,6 +116,7 @@ def lower_work(problem: AttentionProblem, tile: Tile, record: NDArray[Any], thre
     record["few_rows"], record["matrix"] = few, tile.matrix
     record["key_group"] = MATRIX_KEYS if record["matrix"] else 1
     record["parts"] = tile.parts
+    record["unlift"] = unlift(tile.parts) if tile.matrix else 1.0
     chunk_keys = CHUNK_KEYS if few else 2**31
     record["chunk_keys"] = chunk_keys
     record["chunks"] = max(1, -(-problem.seqlen_k // chunk_keys))

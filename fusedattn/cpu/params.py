@@ -115,7 +115,8 @@ _INTEGERS = [
     *(f"at_{name}" for name in SCRATCH),
     "scratch_bytes",
 ]
-_REALS = ["scale", "to_log2", "query_sign", "softcap", "keep_scale", "unseen"]
+# ``unlift`` makes an accumulated output what it is.
+_REALS = ["scale", "to_log2", "query_sign", "softcap", "keep_scale", "unseen", "unlift"]
 
 PARAMS = np.dtype(
     [(name, np.int64) for name in _INTEGERS] + [(name, np.float64) for name in _REALS]

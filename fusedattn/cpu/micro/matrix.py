@@ -35,6 +35,12 @@ from fusedattn.cpu.tile import MATRIX_KEYS
 # is less than half a unit of a score from here on; an infinite one must stay what it is.
 MOST_WITH_REST = 2.0**64
 
+
+def unlift(parts: int) -> float:
+    """The factor that makes an output of elements in so many parts what it is."""
+    return LIFT**-2 if parts == 3 else LIFT**-1
+
+
 # Two tiles of rows meet the one or two tiles of lanes of a panel at a time: the sums and what is
 # multiplied just fit the 8 tiles that there are.
 ROW_TILES = 2
@@ -157,7 +163,8 @@ class Matrix(Kernels):
     ) -> None:
         """``O[d][lane] = O[d][lane] * alpha[lane] + sum_j v[j][d] * weight[j][lane]``.
 
-        Without the rests of values; ``v_part`` bytes lie between their parts.
+        Without the rests of values; ``v_part`` bytes lie between their parts. The output is lifted
+        as the weights are, and as values of float32 are: see `unlift`.
         """
         of_values = (values, v_part, v_stride, n, weights, o, columns, alpha, product)
         self._weighted_values(e, *of_values, None)
@@ -166,11 +173,9 @@ class Matrix(Kernels):
         self, e: Emitter, values, v_part, v_stride, n, weights, o, columns, alpha, product, beside
     ) -> None:
         factors, parts = self._vectors(e, alpha), self.tile.parts
-        lifts = 2 if parts == 3 else 1  # values in three parts are lifted too
-        build, factor = e.builder, e.splat_const(LIFT**-lifts)
 
         def join(v: int, old: ir.Value, total: ir.Value) -> ir.Value:
-            return e.fma(total, factor, build.fmul(old, factors[v]))
+            return e.fma(old, factors[v], total)
 
         of_parts = [e.offset(values, i, v_part) for i in range(parts)]
         self._value_tiles(e, of_parts, v_stride, n, weights, o, columns, product, join, beside)
@@ -181,7 +186,7 @@ class Matrix(Kernels):
         """``O[d][lane] += sum_j v[j][d] * weight[j][lane]`` of the rests of values."""
         if self.tile.parts > 1:
             return
-        factor = e.splat_const(LIFT**-2)
+        factor = e.splat_const(1.0 / LIFT)
 
         def join(_: int, old: ir.Value, total: ir.Value) -> ir.Value:
             return e.fma(total, factor, old)
