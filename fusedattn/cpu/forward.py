@@ -41,6 +41,10 @@ from fusedattn.cpu.tile import ROWS_TOGETHER
 
 NEEDS_RESCUE = 1
 
+# With so few tiles in a block, products of single parts cost less alone than beside weights: the
+# vector unit multiplies half as fast while the matrix unit is awake.
+FEW_PANELS = 4
+
 pack = native(SIGNATURES["pack"])
 stage = native(SIGNATURES["stage"])
 configure = native(SIGNATURES["configure"])
@@ -124,6 +128,7 @@ def attend(params, w, batch, kv_head, count, panels, alone, chunk):
         # with its weights until they are multiplied beside what that makes of its scores.
         waiting, wait_first, wait_n, wait_skip, wait_blocks, wait_values = 0, 0, 0, 0, 0, values
         side = old_panel = old_values = old_n = 0
+        at_once = p.parts == 1 and panels <= FEW_PANELS
         for turn in range(panels + 1 if p.matrix else panels):
             panel, first, last, blocks = turn, begin, begin, masks.FULL
             if turn < panels:
@@ -177,7 +182,9 @@ def attend(params, w, batch, kv_head, count, panels, alone, chunk):
                     v_stride, groups, staged, side, old_panel, old_values, old_n, waiting, at_k,
                     next_n,
                 )  # fmt: skip
-                if found:
+                if found and at_once:
+                    accumulate_tile(params, w, panel, found, n, side)
+                elif found:
                     side, old_panel, old_values, old_n = 1 - side, panel, found, n
         if old_n:
             accumulate_tile(params, w, old_panel, old_values, old_n, 1 - side)
