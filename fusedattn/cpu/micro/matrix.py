@@ -12,7 +12,7 @@ A float32 weight, times ``LIFT``, is three parts of 8 digits, by truncation.
 
 The matrix unit takes results below 2**-126 for zeros. ``LIFT`` keeps what that loses below the
 roundings of a subnormal float32: in a column of a block at most 2**10 additions lose less than
-2**-126 / LIFT = 2**-156 each, where 96 FMAs lose up to 2**-150 each. A score loses less than
+2**-126 / LIFT = 2**-156 each, where 128 FMAs lose up to 2**-150 each. A score loses less than
 2**-126 by each of its additions: see `fusedattn.cpu.lowering` for the scales that would show it.
 """
 
