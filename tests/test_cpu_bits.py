@@ -123,7 +123,7 @@ def test_prefill_in_chunks_has_the_bits_of_prefill_in_one_call(isa, options, cac
     fn, rows = attention_on(isa), 333
     q, k, v = operands(batch=1, rows=rows, keys=rows + cached)
     whole = fn(q, k, v, q_offset=cached, return_lse=True, **options)
-    for size in (FEW_ROWS + 1, 47, 48, 49, 95, 96, 97, 192, 200):
+    for size in (FEW_ROWS + 1, 47, 48, 49, 95, 96, 97, 128, 192, 200):
         for begin in range(0, rows, size):
             # Few rows would take another kernel: a short rest goes with the last chunk.
             part = slice(begin, begin + size if begin + size + FEW_ROWS < rows else rows)
@@ -160,7 +160,7 @@ def test_decoding_few_rows_at_a_time_has_the_bits_of_decoding_one(isa, options):
 
 
 @each_isa
-@pytest.mark.parametrize("rows", [1, 2, 3, 7, 16, 31, 48, 49, 95, 96, 97, 100, 200])
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 16, 31, 48, 49, 95, 96, 97, 100, 128, 200])
 @pytest.mark.parametrize("group", [2, 3, 8])
 def test_grouped_heads_have_the_bits_of_repeated_ones(isa, rows, group):
     fn = attention_on(isa)

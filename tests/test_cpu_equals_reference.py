@@ -10,10 +10,34 @@ from fusedattn.testing import EVERYTHING, Case, Sizes, attention_problems
 from fusedattn.testing.laws.common import assert_equals_reference
 from fusedattn.testing.laws.equality import equals_reference
 
-# Around panels (4 to 48 rows), items (up to 4 panels), blocks of 96 keys and chains of 48 dims.
+# Around panels (4 to 48 rows), items (up to 4 panels), blocks of 96 or 128 keys and chains of 48
+# dims.
 AROUND = Sizes(
     seqlen_q=(1, 2, 3, 4, 5, 12, 13, 16, 17, 24, 25, 47, 48, 49, 96, 97, 192, 193, 250, 385),
-    seqlen_k=(1, 5, 6, 7, 8, 9, 11, 12, 13, 95, 96, 97, 104, 191, 192, 193, 288, 289, 391),
+    seqlen_k=(
+        1,
+        5,
+        6,
+        7,
+        8,
+        9,
+        11,
+        12,
+        13,
+        95,
+        96,
+        97,
+        104,
+        127,
+        128,
+        129,
+        191,
+        192,
+        193,
+        288,
+        289,
+        391,
+    ),
     head_dim=(1, 2, 7, 8, 9, 15, 16, 17, 47, 48, 49, 64, 80, 95, 96, 97, 128, 145, 192, 256, 576),
     head_dim_v=(1, 5, 6, 7, 8, 9, 15, 16, 17, 31, 64, 80, 128, 192, 257, 576),
     num_heads_kv=(1, 2, 3),

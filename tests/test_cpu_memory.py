@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from cpu_backend import normal, python
 
-from fusedattn import attention
+from fusedattn import attention, warmup
 
 PEAK = """
 import sys
@@ -83,6 +83,7 @@ def test_no_array_of_the_size_of_a_sequence_is_made(set_threads, options):
     swapped = [np.asfortranarray(x) for x in (q, k, v)]
     half = [x.astype(np.float16) for x in (q, k, v)]
     set_threads(2)
+    warmup(dtypes=["float16"])  # compiling takes more
     attention(q, k, v, **options)
     for arrays, place in (((q, k, v), out), (swapped, out), (half, out.astype(np.float16))):
         tracemalloc.start()

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from fusedattn import masks
 from fusedattn.cpu.lanes import fill_lanes, kept_keys
-from fusedattn.cpu.matrix import keep_block, score_tile, split_block, split_panel
+from fusedattn.cpu.matrix import accumulate_tile, keep_block, score_tile, split_block, split_panel
 from fusedattn.cpu.memory import (
     add_atomic,
     clear,
@@ -40,6 +40,10 @@ from fusedattn.cpu.simd import native
 from fusedattn.cpu.tile import ROWS_TOGETHER
 
 NEEDS_RESCUE = 1
+
+# With so few tiles in a block, products of single parts cost less alone than beside weights: the
+# vector unit multiplies half as fast while the matrix unit is awake.
+FEW_PANELS = 4
 
 pack = native(SIGNATURES["pack"])
 stage = native(SIGNATURES["stage"])
@@ -120,8 +124,11 @@ def attend(params, w, batch, kv_head, count, panels, alone, chunk):
         keys, k_stride = k + begin * k_row, k_row
         values, v_stride = v + begin * v_row, v_row
         ready = False
-        # With a matrix unit one tile waits, its scores standing, until the next is known.
+        # With a matrix unit one tile waits, its scores standing, until the next is known, and one
+        # with its weights until they are multiplied beside what that makes of its scores.
         waiting, wait_first, wait_n, wait_skip, wait_blocks, wait_values = 0, 0, 0, 0, 0, values
+        side = old_panel = old_values = old_n = 0
+        at_once = p.parts == 1 and panels <= FEW_PANELS
         for turn in range(panels + 1 if p.matrix else panels):
             panel, first, last, blocks = turn, begin, begin, masks.FULL
             if turn < panels:
@@ -170,10 +177,17 @@ def attend(params, w, batch, kv_head, count, panels, alone, chunk):
                 blocks, wait_blocks = wait_blocks, blocks
                 at_v, wait_values = wait_values, at_v
             if n:
-                attend_tile(
+                found = attend_tile(
                     params, w, batch, panel, first, n, skip, blocks, at_k, k_stride, at_v,
-                    v_stride, groups, staged, waiting, at_k, next_n,
+                    v_stride, groups, staged, side, old_panel, old_values, old_n, waiting, at_k,
+                    next_n,
                 )  # fmt: skip
+                if found and at_once:
+                    accumulate_tile(params, w, panel, found, n, side)
+                elif found:
+                    side, old_panel, old_values, old_n = 1 - side, panel, found, n
+        if old_n:
+            accumulate_tile(params, w, old_panel, old_values, old_n, 1 - side)
         block += block_k
     return True
 

@@ -16,6 +16,7 @@ from fusedattn.cpu.choice import (
 )
 from fusedattn.cpu.memory import STORAGE_CODE
 from fusedattn.cpu.micro import LOG2_E, UNSEEN
+from fusedattn.cpu.micro.matrix import unlift
 from fusedattn.cpu.params import SCRATCH
 from fusedattn.cpu.tile import CHUNK_KEYS, MATRIX_KEYS, ROWS_PER_ITEM, Tile
 from fusedattn.cpu.user.words import describe_tables
@@ -115,6 +116,7 @@ def lower_work(problem: AttentionProblem, tile: Tile, record: NDArray[Any], thre
     record["few_rows"], record["matrix"] = few, tile.matrix
     record["key_group"] = MATRIX_KEYS if record["matrix"] else 1
     record["parts"] = tile.parts
+    record["unlift"] = unlift(tile.parts) if tile.matrix else 1.0
     chunk_keys = CHUNK_KEYS if few else 2**31
     record["chunk_keys"] = chunk_keys
     record["chunks"] = max(1, -(-problem.seqlen_k // chunk_keys))
@@ -158,7 +160,7 @@ def lower_scratch(tile: Tile, record: NDArray[Any]) -> None:
         "row_queries": few * row_queries_stride,
         "row_output": few * row_output_stride,
         **dict.fromkeys(("row_max", "row_sum", "factor", "check", "slope"), rows * size),
-        "alpha": lanes * size,
+        "alpha": 2 * lanes * size,
         **dict.fromkeys(("q_rows", "out_rows", "mask_rows", "bias_rows", "kinds", "bad"), rows * 8),
         **dict.fromkeys(("low", "high", "position", "row", "head"), rows * 4),
         "bounds": 4 * 8 * panels,
@@ -184,11 +186,13 @@ def _matrix_scratch(tile: Tile, record: NDArray[Any]) -> dict[str, int]:
         int(record[name]) for name in ("panels", "head_dim", "head_dim_v")
     )
     dims, columns = (-(-n // MATRIX_KEYS) * MATRIX_KEYS for n in (head_dim, head_dim_v))
-    keys_stride, values_stride = 2 * dims, 2 * tile.block_k
+    # An odd number of cache lines again: 14 % of the products of scores at a head dim of 128.
+    keys_stride, values_stride = ((2 * n // 64 | 1) * 64 for n in (dims, tile.block_k))
     record["keys_stride"], record["values_stride"] = keys_stride, values_stride
     record["queries_part"] = tile.lanes * dims * 2
     record["keys_part"] = tile.block_k * keys_stride
     record["values_part"] = columns * values_stride
+    record["weights_bytes"] = 3 * tile.block_k * tile.lanes * 2
     parts = max(2, tile.parts)  # bfloat16 may have a rest
     record["queries_bytes"] = parts * int(record["queries_part"])
     return {
@@ -197,7 +201,7 @@ def _matrix_scratch(tile: Tile, record: NDArray[Any]) -> dict[str, int]:
         "values": parts * int(record["values_part"]),
         "seen_values": parts * int(record["values_part"]),
         "query_rows": tile.parts * tile.lanes * dims * 2,
-        "weight_parts": 3 * tile.block_k * tile.lanes * 2,
+        "weight_parts": 2 * int(record["weights_bytes"]),
         "product": MATRIX_KEYS * tile.lanes * tile.real_bytes,
         "has_rest": 8 * (2 + panels),
     }

@@ -22,7 +22,7 @@ keep_values = _call["keep_values"]
 split_weights = _call["split_weights"]
 matrix_scores = _call["matrix_scores"]
 add_rest_scores = _call["add_rest_scores"]
-weights_and_scores = _call["weights_and_scores"]
+weights_and_products = _call["weights_and_products"]
 matrix_accumulate = _call["matrix_accumulate"]
 add_rest_values = _call["add_rest_values"]
 
@@ -104,50 +104,87 @@ def add_rests(params, w, panel, keys, n):
         add_rest_scores(run, keys, stride, n, rest_queries, s, head_dim, product)
 
 
-@kernel("iiiiiii>")
-def weigh_tile(params, w, panel, n, next_panel, next_keys, next_n):
-    """Weights of a tile, in parts; its scores make room for those of the next, if there is one."""
+@kernel("iiiiiiiiiii>")
+def weigh_tile(
+    params, w, panel, n, side, old_panel, old_values, old_n, next_panel, next_keys, next_n
+):
+    """Weights of a tile, in parts, beside products of its neighbours, if there are any.
+
+    The values of the tile before are accumulated. The scores of the tile make room for those of the
+    next. Factors and parts of weights have two sides, of which tiles take one in turn.
+    """
     p = params_at(params)
-    row_bytes, parts = p.lanes * p.real_bytes, w + p.at_weight_parts
+    row_bytes, columns, product = p.lanes * p.real_bytes, p.head_dim_v, w + p.at_product
     maxima, sums = w + p.at_row_max + panel * row_bytes, w + p.at_row_sum + panel * row_bytes
-    queries, s, alpha = (
-        w + p.at_queries + next_panel * p.queries_bytes,
-        w + p.at_scores_tile,
-        w + p.at_alpha,
-    )
-    weights_and_scores(
-        p.run_weights_and_scores, s, n, p.to_log2, maxima, alpha, sums, parts, next_keys,
-        p.keys_part, p.keys_stride, next_n, queries, p.queries_part, p.head_dim,
+    alpha, old_alpha = factors(params, w, side), factors(params, w, 1 - side)
+    parts, old_parts = weight_parts(params, w, side), weight_parts(params, w, 1 - side)
+    output = w + p.at_output + old_panel * columns * row_bytes
+    queries = w + p.at_queries + next_panel * p.queries_bytes
+    weights_and_products(
+        p.run_weights_and_products, w + p.at_scores_tile, n, p.to_log2, maxima, alpha, sums, parts,
+        old_values, p.values_part, p.values_stride, old_n, old_parts, output, columns, old_alpha,
+        product, next_keys, p.keys_part, p.keys_stride, next_n, queries, p.queries_part, p.head_dim,
     )  # fmt: skip
+    if old_n:
+        add_rest(params, w, old_panel, old_values, old_n, 1 - side)
     if next_n:
         add_rests(params, w, next_panel, next_keys, next_n)
 
 
-@kernel("iii>")
-def split_tile(params, w, n):
+@kernel("iii>i")
+def factors(params, w, side):
+    """Where the factors that rescale what was accumulated before a tile lie."""
+    p = params_at(params)
+    return w + p.at_alpha + side * p.lanes * p.real_bytes
+
+
+@kernel("iii>i")
+def weight_parts(params, w, side):
+    """Where the parts of the weights of a tile lie."""
+    p = params_at(params)
+    return w + p.at_weight_parts + side * p.weights_bytes
+
+
+@kernel("iiii>")
+def split_tile(params, w, n, side):
     """Weights that stand, in parts."""
     p = params_at(params)
-    split_weights(p.run_split_weights, w + p.at_scores_tile, n, w + p.at_weight_parts)
+    split_weights(p.run_split_weights, w + p.at_scores_tile, n, weight_parts(params, w, side))
+
+
+@kernel("iiii>i")
+def seen_values(params, w, values, n):
+    """Copy n values of the block, but for those that no row of the panel may see.
+
+    They may hold anything: they are not even multiplied by 0.
+    """
+    p = params_at(params)
+    run, seen, keep, part = p.run_keep_values, w + p.at_seen_values, w + p.at_seen, p.values_part
+    for i in range(p.parts + get_i64(w + p.at_has_rest, VALUES)):
+        at, columns = values + i * part, p.head_dim_v
+        keep_values(run, seen + i * part, at, p.values_stride, n, columns, keep)
+    return seen
 
 
 @kernel("iiiiii>")
-def accumulate_tile(params, w, panel, values, n, each_key_seen):
-    """Add n values of the block, by their weights, to the output of a panel.
-
-    What no row of the panel may see may hold anything: it is not even multiplied by 0.
-    """
+def accumulate_tile(params, w, panel, values, n, side):
+    """Add n values of the block, by their weights, to the output of a panel."""
     p = params_at(params)
-    weights, stride = w + p.at_weight_parts, p.values_stride
-    columns, product, alpha = p.head_dim_v, w + p.at_product, w + p.at_alpha
+    columns, run = p.head_dim_v, p.run_matrix_accumulate
+    alpha, parts = factors(params, w, side), weight_parts(params, w, side)
     output = w + p.at_output + panel * columns * p.lanes * p.real_bytes
-    part, has_rest = p.values_part, get_i64(w + p.at_has_rest, VALUES)
-    if not each_key_seen:
-        run, seen, keep = p.run_keep_values, w + p.at_seen_values, w + p.at_seen
-        for i in range(p.parts + has_rest):
-            keep_values(run, seen + i * part, values + i * part, stride, n, columns, keep)
-        values = seen
-    run = p.run_matrix_accumulate
-    matrix_accumulate(run, values, part, stride, n, weights, output, columns, alpha, product)
-    if has_rest:
-        run, rest = p.run_add_rest_values, values + part
-        add_rest_values(run, rest, stride, n, weights, output, columns, product)
+    part, stride, product = p.values_part, p.values_stride, w + p.at_product
+    matrix_accumulate(run, values, part, stride, n, parts, output, columns, alpha, product)
+    add_rest(params, w, panel, values, n, side)
+
+
+@kernel("iiiiii>")
+def add_rest(params, w, panel, values, n, side):
+    """Add what the rests of n values, if there are any, make of the output of a panel."""
+    p = params_at(params)
+    if not get_i64(w + p.at_has_rest, VALUES):
+        return
+    columns, rest, parts = p.head_dim_v, values + p.values_part, weight_parts(params, w, side)
+    output = w + p.at_output + panel * columns * p.lanes * p.real_bytes
+    run, stride, product = p.run_add_rest_values, p.values_stride, w + p.at_product
+    add_rest_values(run, rest, stride, n, parts, output, columns, product)

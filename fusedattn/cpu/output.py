@@ -81,6 +81,7 @@ def finish(params, w, batch, count, panels):
             rescale = 2.0 ** (shift - common)
             total = total * rescale + 2.0 ** (sink_log2 - common)
             factor, shift = keep_scale * rescale / total, common
+        factor *= p.unlift
         set_real(factors, lane, size, factor)
         if lse:
             at = (batch * num_heads + get_i32(heads, lane)) * seqlen_q

@@ -9,7 +9,14 @@ parameter record and ``w`` the address of the thread's working memory.
 from __future__ import annotations
 
 from fusedattn import masks
-from fusedattn.cpu.matrix import accumulate_tile, score_tile, split_tile, weigh_tile
+from fusedattn.cpu.matrix import (
+    accumulate_tile,
+    factors,
+    score_tile,
+    seen_values,
+    split_tile,
+    weigh_tile,
+)
 from fusedattn.cpu.memory import (
     clear,
     copy_bytes,
@@ -86,17 +93,20 @@ def natural_units(params, w, tables, batch, panel, first_key, n, skip, mark):
         add(p.run_add, s, n, tile_at)
 
 
-@kernel("iiiiiiiiiiiiiiiii>")
+@kernel("iiiiiiiiiiiiiiiiiiiii>i")
 def attend_tile(
     params, w, batch, panel, first_key, n, skip, blocks, keys, k_stride, values, v_stride, groups,
-    staged, next_panel, next_keys, next_n,
+    staged, side, old_panel, old_values, old_n, next_panel, next_keys, next_n,
 ):  # fmt: skip
     """One tile of scores: ``n`` keys from ``first_key`` on against one panel of rows.
 
     ``blocks``: what the block mask says of the tile, but for its first ``skip`` keys, which are
     hidden and which the user's functions are not asked about. ``groups`` of rows if there are few;
     ``staged``: 1 if keys are reals, plus 2 if values are, plus 4 if all lanes are one row.
-    With a matrix unit the scores stand already; they make room for those of the next tile.
+    With a matrix unit the scores stand already, and make room for those of the next tile. The
+    values of the tile before, ``old_n`` of ``old_panel``, are accumulated here, and those of this
+    one later, by its weights on their ``side``. Returns where they lie, or 0 where there is nothing
+    to accumulate.
     """
     p = params_at(params)
     s = w + p.at_scores_tile
@@ -125,7 +135,7 @@ def attend_tile(
     if mask_kind == NONE_SEEN:
         if next_n:
             score_tile(params, w, next_panel, next_keys, next_n)
-        return
+        return 0
     head_dim, head_dim_v, row_bytes = p.head_dim, p.head_dim_v, p.lanes * p.real_bytes
     if p.few_rows:
         run = p.run_row_scores_of_reals if staged & 1 else p.run_row_scores
@@ -153,22 +163,25 @@ def attend_tile(
                     set_u8(w + p.at_seen, j, shown)
                 elif shown == 0:
                     clear(values + j * v_stride, v_stride)
-    alpha = w + p.at_alpha
+    alpha = factors(params, w, side)
     running_max = w + p.at_row_max + panel * row_bytes
     row_sum = w + p.at_row_sum + panel * row_bytes
     if p.matrix and not p.dropout:
-        weigh_tile(params, w, panel, n, next_panel, next_keys, next_n)
+        weigh_tile(
+            params, w, panel, n, side, old_panel, old_values, old_n, next_panel, next_keys, next_n
+        )
     else:
         weights(p.run_weights, s, n, p.to_log2, running_max, alpha, row_sum)
     if p.dropout:
         drop(p.run_drop, s, n, first_key, p.threshold, p.seed, rows, heads, batch)
     if p.matrix:
         if p.dropout:
-            split_tile(params, w, n)
+            split_tile(params, w, n, side)
+            if old_n:
+                accumulate_tile(params, w, old_panel, old_values, old_n, 1 - side)
             if next_n:
                 score_tile(params, w, next_panel, next_keys, next_n)
-        accumulate_tile(params, w, panel, values, n, each_key_seen)
-        return
+        return values if each_key_seen else seen_values(params, w, values, n)
     if not each_key_seen:
         # What no row of the panel may see may hold anything: it is not even multiplied by 0.
         target, stride, keep = w + p.at_seen_values, p.values_stride, w + p.at_seen
@@ -188,3 +201,4 @@ def attend_tile(
     else:
         output = w + p.at_output + panel * head_dim_v * row_bytes
         accumulate(p.run_accumulate, values, v_stride, n, s, output, head_dim_v, alpha)
+    return 0

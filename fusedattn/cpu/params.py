@@ -57,6 +57,7 @@ _INTEGERS = [
     "queries_part",  # of one part of them, and so on
     "keys_part",
     "values_part",
+    "weights_bytes",  # of the weights of a tile, in parts
     "chunk_keys",  # of few rows: keys whose sums start from nothing
     "chunks",
     "partial_bytes",
@@ -114,7 +115,8 @@ _INTEGERS = [
     *(f"at_{name}" for name in SCRATCH),
     "scratch_bytes",
 ]
-_REALS = ["scale", "to_log2", "query_sign", "softcap", "keep_scale", "unseen"]
+# ``unlift`` makes an accumulated output what it is.
+_REALS = ["scale", "to_log2", "query_sign", "softcap", "keep_scale", "unseen", "unlift"]
 
 PARAMS = np.dtype(
     [(name, np.int64) for name in _INTEGERS] + [(name, np.float64) for name in _REALS]

@@ -63,7 +63,7 @@ GROUPS = {
         "split_weights": "iii>",
         "matrix_scores": "iiiiiiii>",
         "add_rest_scores": "iiiiiii>",
-        "weights_and_scores": "iifiiiiiiiiiii>",
+        "weights_and_products": "iifiiiiiiiiiiiiiiiiiiii>",
         "matrix_accumulate": "iiiiiiiii>",
         "add_rest_values": "iiiiiii>",
     },

@@ -12,7 +12,7 @@ A float32 weight, times ``LIFT``, is three parts of 8 digits, by truncation.
 
 The matrix unit takes results below 2**-126 for zeros. ``LIFT`` keeps what that loses below the
 roundings of a subnormal float32: in a column of a block at most 2**10 additions lose less than
-2**-126 / LIFT = 2**-156 each, where 96 FMAs lose up to 2**-150 each. A score loses less than
+2**-126 / LIFT = 2**-156 each, where 128 FMAs lose up to 2**-150 each. A score loses less than
 2**-126 by each of its additions: see `fusedattn.cpu.lowering` for the scales that would show it.
 """
 
@@ -20,9 +20,8 @@ roundings of a subnormal float32: in a column of a block at most 2**10 additions
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 
 from llvmlite import ir
 from numba.core import cgutils
@@ -35,6 +34,12 @@ from fusedattn.cpu.tile import MATRIX_KEYS
 # Rests move a score by less than 2**20 (2**-126 times numbers below 2**128, and few of them), which
 # is less than half a unit of a score from here on; an infinite one must stay what it is.
 MOST_WITH_REST = 2.0**64
+
+
+def unlift(parts: int) -> float:
+    """The factor that makes an output of elements in so many parts what it is."""
+    return LIFT**-2 if parts == 3 else LIFT**-1
+
 
 # Two tiles of rows meet the one or two tiles of lanes of a panel at a time: the sums and what is
 # multiplied just fit the 8 tiles that there are.
@@ -73,12 +78,20 @@ class Matrix(Kernels):
 
         ``k_part`` and ``part`` bytes lie between the parts of keys and queries.
         """
+        self._scores(e, k, k_part, k_stride, n, queries, part, s, head_dim)
+
+    def _scores(
+        self, e: Emitter, k, k_part, k_stride, n, queries, part, s, head_dim, beside=None
+    ) -> None:
+        """`matrix_scores`, with ``beside(first key)(step)(turn)`` beside the products, if given."""
         parts = range(self.tile.parts)
         keys, panels = (
             [e.offset(x, i, step) for i in parts] for x, step in ((k, k_part), (queries, part))
         )
         with self._steps(e, n) as first:
-            self._score_tiles(e, keys, k_stride, panels, first, head_dim, s, first)
+            work = beside and beside(first)
+            self._score_tiles(e, keys, k_stride, panels, first, head_dim, s, work)
+        self._store_last(e, s, n)
 
     def add_rest_scores(self, e: Emitter, k, k_stride, n, queries, s, head_dim, product) -> None:
         """Add the scores of rests and numbers."""
@@ -87,7 +100,8 @@ class Matrix(Kernels):
         build, count = e.builder, ROW_TILES * ROWS
         limit = e.splat_const(MOST_WITH_REST)
         with self._steps(e, n) as first:
-            self._score_tiles(e, [k], k_stride, [queries], first, head_dim, product, I64(0))
+            self._score_tiles(e, [k], k_stride, [queries], first, head_dim)
+            self._store_tiles(e, product)
 
             def add(v: int, j: ir.Value, score: ir.Value) -> ir.Value:
                 rest = self._load(e, e.pointer(e.offset(product, j, self.row_bytes)), v)
@@ -109,7 +123,8 @@ class Matrix(Kernels):
             row = e.offset(s, pair, 2 * self.row_bytes)
             rows = [e.pointer(build.add(row, I64(i * self.row_bytes))) for i in range(2)]
             for v in range(self.tile.vectors):
-                self._store_weights(e, [self._load(e, row, v) for row in rows], parts, pair, v)
+                lifted = [build.fmul(self._load(e, at, v), e.splat_const(LIFT)) for at in rows]
+                self._store_weights(e, lifted, parts, pair, v)
 
     def _fill_group(self, e: Emitter, s, n, value: float) -> None:
         """Fill up the last group of 32 keys of a tile."""
@@ -119,7 +134,7 @@ class Matrix(Kernels):
                 self._store(e, e.splat_const(value), row, v)
 
     def _store_weights(self, e: Emitter, pair_of_weights, parts, pair, v: int) -> None:
-        """Three parts of the lifted weights of two keys, as ``[key // 2][lane][key % 2]``.
+        """Three parts of lifted weights of two keys, as ``[key // 2][lane][key % 2]``.
 
         Rows of the first two parts come in turns; those of the third follow after a whole tile.
         """
@@ -127,7 +142,7 @@ class Matrix(Kernels):
         mask, half = e.splat_int(-0x10000, e.i32vec), e.splat_int(16, e.i32vec)
         row = e.offset(parts, pair, 2 * self.row_bytes)
         third = e.offset(build.add(parts, I64(self.third_part)), pair, self.row_bytes)
-        left = [build.fmul(x, e.splat_const(LIFT)) for x in pair_of_weights]
+        left = pair_of_weights
         for target in (row, build.add(row, I64(self.row_bytes)), third):
             raw = [build.bitcast(x, e.i32vec) for x in left]
             # The last part is all that is left: its lower half is empty.
@@ -148,17 +163,22 @@ class Matrix(Kernels):
     ) -> None:
         """``O[d][lane] = O[d][lane] * alpha[lane] + sum_j v[j][d] * weight[j][lane]``.
 
-        Without the rests of values; ``v_part`` bytes lie between their parts.
+        Without the rests of values; ``v_part`` bytes lie between their parts. The output is lifted
+        as the weights are, and as values of float32 are: see `unlift`.
         """
+        of_values = (values, v_part, v_stride, n, weights, o, columns, alpha, product)
+        self._weighted_values(e, *of_values, None)
+
+    def _weighted_values(
+        self, e: Emitter, values, v_part, v_stride, n, weights, o, columns, alpha, product, beside
+    ) -> None:
         factors, parts = self._vectors(e, alpha), self.tile.parts
-        lifts = 2 if parts == 3 else 1  # values in three parts are lifted too
-        build, factor = e.builder, e.splat_const(LIFT**-lifts)
 
         def join(v: int, old: ir.Value, total: ir.Value) -> ir.Value:
-            return e.fma(total, factor, build.fmul(old, factors[v]))
+            return e.fma(old, factors[v], total)
 
         of_parts = [e.offset(values, i, v_part) for i in range(parts)]
-        self._value_tiles(e, of_parts, v_stride, n, weights, o, columns, product, join)
+        self._value_tiles(e, of_parts, v_stride, n, weights, o, columns, product, join, beside)
 
     def add_rest_values(
         self, e: Emitter, values, v_stride, n, weights, o, columns, product
@@ -166,7 +186,7 @@ class Matrix(Kernels):
         """``O[d][lane] += sum_j v[j][d] * weight[j][lane]`` of the rests of values."""
         if self.tile.parts > 1:
             return
-        factor = e.splat_const(LIFT**-2)
+        factor = e.splat_const(1.0 / LIFT)
 
         def join(_: int, old: ir.Value, total: ir.Value) -> ir.Value:
             return e.fma(total, factor, old)
@@ -201,44 +221,62 @@ class Matrix(Kernels):
         )
 
     def _score_tiles(
-        self, e: Emitter, k, k_stride, queries, first, head_dim, s, target, beside=None
+        self, e: Emitter, k, k_stride, queries, first, head_dim, s=None, beside=None
     ) -> None:
-        """The scores of some tiles of keys from ``first`` on, to rows of s from ``target`` on.
+        """Make the scores of some tiles of keys from ``first`` on; they stay in the sums.
 
-        ``k`` and ``queries`` are lists of parts. ``beside(step)(turn)``, if given, emits what is
-        done beside the products, after each product of two parts.
+        ``k`` and ``queries`` are lists of parts. Given ``s``, what the sums hold from the tiles of
+        keys before goes there. ``beside(step)(turn)``, if given, emits what is done beside the
+        products, before those of each turn.
         """
         build = e.builder
-        sums, rows, lanes = self._numbers()
-        for number in chain(*sums):
-            self._instruct(e, "tilezero", I8(number))
-        row_stride = I64(self.row_bytes)
+        _, rows, lanes = self._numbers()
+        strides = [I64(self.row_bytes)] * len(queries)
         keys = [
             [e.offset(part, build.add(first, I64(m * ROWS)), k_stride) for m in range(len(rows))]
             for part in k
         ]
-        with e.loop(build.ashr(build.add(head_dim, I64(31)), I64(5))) as step:
+        target = None
+        if s is not None:
+            target = e.offset(s, build.sub(first, I64(ROW_TILES * ROWS)), self.row_bytes)
+
+        def multiply(step: ir.Value, is_first: bool) -> None:
             left = [[e.offset(row, step, LINE) for row in part] for part in keys]
             panels = [e.offset(part, step, ROWS * self.row_bytes) for part in queries]
             right = [
                 [build.add(panel, I64(v * LINE)) for v in range(len(lanes))] for panel in panels
             ]
-            pairs = SCORE_PAIRS[len(k)]
-            strides = [row_stride] * len(right)
-            self._multiply(e, left, k_stride, right, strides, pairs, beside and beside(step))
-        self._store_tiles(e, sums, e.offset(s, target, self.row_bytes))
+            begin = self._begin(e, first, target) if is_first else None
+            pairs, work = SCORE_PAIRS[len(k)], beside and beside(step)
+            self._multiply(e, left, k_stride, right, strides, pairs, begin, work)
+
+        self._first_and_others(e, build.ashr(build.add(head_dim, I64(31)), I64(5)), multiply)
 
     def _value_tiles(
-        self, e: Emitter, values, v_stride, n, weights, o, columns, product, join
+        self, e: Emitter, values, v_stride, n, weights, o, columns, product, join, beside=None
     ) -> None:
+        """Add n weighted values to the output, ``join(vector, old, total)`` being the new one.
+
+        ``beside(first column, group of keys)(turn)``, if given, emits what is done beside the
+        products, before those of each turn.
+        """
         build = e.builder
-        sums, rows, lanes = self._numbers()
+        _, rows, lanes = self._numbers()
         count = len(rows) * ROWS
+        strides = [I64(rows_apart * self.row_bytes) for rows_apart in (2, 2, 1)]
+
+        def join_columns(first: ir.Value, count: ir.Value) -> None:
+            with e.loop(count) as d:
+                totals = e.pointer(e.offset(product, d, self.row_bytes))
+                row = e.pointer(e.offset(o, build.add(first, d), self.row_bytes))
+                for v in range(self.tile.vectors):
+                    total = join(v, self._load(e, row, v), self._load(e, totals, v))
+                    self._store(e, total, row, v)
+
         with self._steps(e, columns) as first:
-            for number in chain(*sums):
-                self._instruct(e, "tilezero", I8(number))
             column = [e.offset(part, first, v_stride) for part in values]
-            with e.loop(build.ashr(build.add(n, I64(MATRIX_KEYS - 1)), I64(5))) as group:
+
+            def multiply(group: ir.Value, is_first: bool, first=first, column=column) -> None:
                 left = [
                     [
                         e.offset(e.offset(part, m * ROWS, v_stride), group, LINE)
@@ -254,21 +292,51 @@ class Matrix(Kernels):
                     [build.add(at, I64(v * LINE)) for v in range(len(lanes))]
                     for at in (first_part, second_part, third_part)
                 ]
-                strides = [I64(rows_apart * self.row_bytes) for rows_apart in (2, 2, 1)]
-                pairs = VALUE_PAIRS[len(values)]
-                self._multiply(e, left, v_stride, right, strides, pairs)
-            self._store_tiles(e, sums, product)
-            with e.loop(e.minimum(I64(count), build.sub(columns, first))) as d:
-                totals = e.pointer(e.offset(product, d, self.row_bytes))
-                row = e.pointer(e.offset(o, build.add(first, d), self.row_bytes))
-                for v in range(self.tile.vectors):
-                    total = join(v, self._load(e, row, v), self._load(e, totals, v))
-                    self._store(e, total, row, v)
+                begin = self._begin(e, first, product) if is_first else None
+                pairs, work = VALUE_PAIRS[len(values)], beside and beside(first, group)
+                self._multiply(e, left, v_stride, right, strides, pairs, begin, work)
+                if is_first:
+                    with build.if_then(build.icmp_signed(">", first, I64(0))):
+                        join_columns(build.sub(first, I64(count)), I64(count))
+
+            groups = build.ashr(build.add(n, I64(MATRIX_KEYS - 1)), I64(5))
+            self._first_and_others(e, groups, multiply)
+        self._store_tiles(e, product)
+        last = build.and_(build.sub(columns, I64(1)), I64(-count))
+        join_columns(last, build.sub(columns, last))
+
+    def _first_and_others(
+        self, e: Emitter, count: ir.Value, body: Callable[[ir.Value, bool], None]
+    ) -> None:
+        """Emit ``body(index, is it the first?)`` for the first index, and for the others."""
+        body(I64(0), True)
+        with e.loop(e.builder.sub(count, I64(1))) as i:
+            body(e.builder.add(i, I64(1)), False)
+
+    def _begin(
+        self, e: Emitter, first: ir.Value, target: ir.Value | None
+    ) -> Callable[[int, int], None]:
+        """Return what makes a sum zero, once its product from the step before went to ``target``.
+
+        A store takes as long as a product, and waits for the last one of its sum. Those that come
+        one by one, each before the products that need its place, cost half of four in a row.
+        """
+
+        def begin(m: int, v: int) -> None:
+            if target is not None:
+                with e.builder.if_then(e.builder.icmp_signed(">", first, I64(0)), likely=True):
+                    self._store_tile(e, m, v, target)
+            self._instruct(e, "tilezero", I8(self._numbers()[0][m][v]))
+
+        return begin
 
     def _multiply(
-        self, e: Emitter, left, left_stride, right, right_strides, pairs, beside=None
+        self, e: Emitter, left, left_stride, right, right_strides, pairs, begin=None, beside=None
     ) -> None:
-        """Add products of parts to the sums: left[part][row tile] times right[part][vector]."""
+        """Add products of parts to the sums: left[part][row tile] times right[part][vector].
+
+        ``begin`` comes before the first product of each sum, ``beside`` before those of each turn.
+        """
         sums, rows, lanes = self._numbers()
         of_rows = of_lanes = None
         for turn, (i, j) in enumerate(pairs):
@@ -282,14 +350,27 @@ class Matrix(Kernels):
                 beside(turn)
             for v, lane in enumerate(lanes):
                 for m, row in enumerate(rows):
+                    if begin is not None and turn == 0:
+                        begin(m, v)
                     self._instruct(e, "tdpbf16ps", I8(sums[m][v]), I8(row), I8(lane))
             of_rows, of_lanes = i, j
 
-    def _store_tiles(self, e: Emitter, sums: list[list[int]], target: ir.Value) -> None:
-        for m, tiles in enumerate(sums):
-            for v, number in enumerate(tiles):
-                at = e.pointer(e.builder.add(target, I64(m * ROWS * self.row_bytes + v * LINE)))
-                self._instruct(e, "tilestored64", I8(number), at, I64(self.row_bytes))
+    def _store_last(self, e: Emitter, s: ir.Value, n: ir.Value) -> None:
+        """Store the scores of the last of n keys, if there are any."""
+        build, count = e.builder, ROW_TILES * ROWS
+        with build.if_then(build.icmp_signed(">", n, I64(0))):
+            last = build.and_(build.sub(n, I64(1)), I64(-count))
+            self._store_tiles(e, e.offset(s, last, self.row_bytes))
+
+    def _store_tiles(self, e: Emitter, target: ir.Value) -> None:
+        for m in range(ROW_TILES):
+            for v in range(self.tile.vectors):
+                self._store_tile(e, m, v, target)
+
+    def _store_tile(self, e: Emitter, m: int, v: int, target: ir.Value) -> None:
+        number, at = self._numbers()[0][m][v], I64(m * ROWS * self.row_bytes + v * LINE)
+        at = e.pointer(e.builder.add(target, at))
+        self._instruct(e, "tilestored64", I8(number), at, I64(self.row_bytes))
 
     def _load_tile(self, e: Emitter, number: int, address: ir.Value, stride: ir.Value) -> None:
         self._instruct(e, "tileloadd64", I8(number), e.pointer(address), stride)

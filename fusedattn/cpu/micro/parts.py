@@ -1,9 +1,9 @@
 """Copies of what the matrix unit multiplies, in parts that are bfloat16.
 
 * A float32 element is three parts of 8 digits, a float16 element two, which together are exact.
-  Values of float32 are lifted by ``LIFT`` first. Whatever is `MOST` or more, an infinity or NaN has
-  NaN for its parts: the rows that see it end in the rescue, and nothing has to be fetched back from
-  the ends of the range.
+  Values of float32 are lifted by ``LIFT`` first. An infinity, a NaN, what such a lift makes
+  infinite, and keys and queries of `MOST` or more have a NaN among their parts: the rows that see
+  it end in the rescue, and nothing has to be fetched back from the ends of the range.
 * A bfloat16 element is its own part. But the matrix unit takes subnormal numbers for zeros, so
   those have a *rest*: ``LIFT`` times the number, exact and normal. Almost no block has any.
 
@@ -26,9 +26,8 @@ from fusedattn.cpu.tile import MATRIX_KEYS
 
 LIFT = 2.0**30
 SMALLEST_NORMAL = 2.0**-126
-# Float32 elements below this, lifted, times lifted weights, still sum up to a float32; and what is
-# lost of the smallest, times this, stays far below the roundings of a score (see the scales in
-# `fusedattn.cpu.lowering`).
+# Times this what is lost of the smallest keys and queries of float32 stays far below the roundings
+# of a score (see the scales in `fusedattn.cpu.lowering`).
 MOST = 2.0**56
 
 # Rows of a tile of the matrix unit, and bytes of each.
@@ -136,28 +135,19 @@ class Parts(Kernels):
                 offset, key = build.mul(d, step), build.mul(group, I64(MATRIX_KEYS))
                 rows = [read(build.add(key, I64(j)), offset, width) for j in range(MATRIX_KEYS)]
                 places = [e.offset(e.offset(at, d, target_stride), group, LINE) for at in to]
-                if self.is_wide:  # half a line of each part from 16 numbers of a column
-                    for half in range(2):
-                        turned = e.transpose(rows[half * ROWS : (half + 1) * ROWS])
-                        for i, raw in enumerate(turned):
-                            split = self._parts(e, raw, which, lift)
-                            for at, bits in zip(places, split, strict=True):
-                                line = e.offset(at, i, target_stride)
-                                e.store(bits, build.add(line, I64(half * LINE // 2)), LINE // 2)
-                else:  # a line from 16 pairs
-                    split = []
-                    for raw in rows:
-                        self._note(e, raw, found)
-                        split.append(self._parts(e, raw, which, lift))
-                    upper = e.splat_int(16, e.i32vec)
-                    for at, numbers in zip(places, zip(*split, strict=True), strict=True):
-                        wide = [build.zext(bits, e.i32vec) for bits in numbers]
-                        pairs = [
-                            build.or_(low, build.shl(high, upper))
-                            for low, high in zip(wide[::2], wide[1::2], strict=True)
-                        ]
-                        for i, keys in enumerate(e.transpose(pairs)):
-                            e.store(keys, e.offset(at, i, target_stride), LINE)
+                split = []  # a line from 16 pairs
+                for raw in rows:
+                    self._note(e, raw, found)
+                    split.append(self._parts(e, raw, which, lift, bounded=False))
+                upper = e.splat_int(16, e.i32vec)
+                for at, numbers in zip(places, zip(*split, strict=True), strict=True):
+                    wide = [build.zext(bits, e.i32vec) for bits in numbers]
+                    pairs = [
+                        build.or_(low, build.shl(high, upper))
+                        for low, high in zip(wide[::2], wide[1::2], strict=True)
+                    ]
+                    for i, keys in enumerate(e.transpose(pairs)):
+                        e.store(keys, e.offset(at, i, target_stride), LINE)
             done = build.mul(blocks, I64(width))
             with (
                 e.loop(build.sub(columns, done)) as i,
@@ -166,7 +156,8 @@ class Parts(Kernels):
                 d = build.add(done, i)
                 raw = read(j, build.mul(d, step), 1)
                 self._note(e, raw, found_one)
-                for at, bits in zip(to, self._parts(e, raw, which, lift), strict=True):
+                found_parts = self._parts(e, raw, which, lift, bounded=False)
+                for at, bits in zip(to, found_parts, strict=True):
                     e.store(bits, e.offset(e.offset(at, d, target_stride), j, 2))
             return self._was_found(e, found, found_one)
 
@@ -218,25 +209,58 @@ class Parts(Kernels):
         blocks = self._blocks(e, columns, step, self.tile.storage)
         done = build.mul(blocks, I64(width))
         found, found_one = self._nothing_found(e)
-        whole = filled(e, columns, 32)
+        whole, kind = filled(e, columns, 32), ir.VectorType(self.bits, width)
         with e.loop(n) as j:
             to, (of, is_kept) = [e.offset(at, j, target_stride) for at in targets], row(j)
 
-            def copy(d: ir.Value, kind: ir.Type, place: ir.Value, to=to, of=of) -> None:
+            def parts(d: ir.Value, kind: ir.Type, place: ir.Value, of=of) -> list[ir.Value]:
                 raw = e.load(e.offset(of, d, step), kind)
                 raw = build.select(is_kept, raw, like(kind, 0))
                 self._note(e, raw, place)
-                for at, bits in zip(to, self._parts(e, raw, which, factor), strict=True):
-                    e.store(bits, e.offset(at, d, 2))
+                return self._parts(e, raw, which, factor)
 
-            with e.loop(blocks) as block:
-                copy(build.mul(block, I64(width)), ir.VectorType(self.bits, width), found)
+            with e.loop(build.ashr(blocks, I64(1))) as line:
+                d = build.mul(line, I64(2 * width))
+                halves = [parts(build.add(d, I64(i * width)), kind, found) for i in range(2)]
+                for at, low, high in zip(to, *halves, strict=True):
+                    e.store(self._line(e, low, high), e.offset(at, line, LINE))
+            with build.if_then(build.trunc(blocks, I1)):
+                line = build.ashr(blocks, I64(1))
+                alone = parts(build.mul(line, I64(2 * width)), kind, found)
+                for at, low in zip(to, alone, strict=True):
+                    e.store(self._line(e, low, like(low.type, 0)), e.offset(at, line, LINE))
             with e.loop(build.sub(columns, done)) as i:
-                copy(build.add(done, i), self.bits, found_one)
+                d = build.add(done, i)
+                place = self._place_in_line(e, d)
+                for at, bits in zip(to, parts(d, self.bits, found_one), strict=True):
+                    e.store(bits, build.add(at, place))
             with e.loop(build.sub(whole, columns)) as i:
+                place = self._place_in_line(e, build.add(columns, i))
                 for at in to:
-                    e.store(I16(0), e.offset(at, build.add(columns, i), 2))
+                    e.store(I16(0), build.add(at, place))
         return self._was_found(e, found, found_one)
+
+    def _line(self, e: Emitter, low: ir.Value, high: ir.Value) -> ir.Value:
+        """A line of two vectors of parts.
+
+        Keys and queries may have their columns in any order that is the same for both. Where there
+        are upper halves of 32 bits to be put together, the two vectors alternate: a shift and a
+        selection, where neighbours would take shuffles.
+        """
+        if self.tile.parts == 1:
+            return e.shuffle(low, high, range(2 * self.tile.width))
+        low, high = (e.builder.zext(x, e.i32vec) for x in (low, high))
+        return e.builder.or_(low, e.builder.shl(high, e.splat_int(16, e.i32vec)))
+
+    def _place_in_line(self, e: Emitter, d: ir.Value) -> ir.Value:
+        """How many bytes into a row the part of column d lies, as `_line` has it."""
+        build, width = e.builder, self.tile.width
+        if self.tile.parts == 1:
+            return build.shl(d, I64(1))
+        before, i = build.and_(d, I64(-2 * width)), build.and_(d, I64(width - 1))
+        is_high = build.and_(build.sdiv(d, I64(width)), I64(1))
+        place = build.add(before, build.add(build.shl(i, I64(1)), is_high))
+        return build.shl(place, I64(1))
 
     def _nothing_found(self, e: Emitter) -> tuple[ir.Value, ir.Value]:
         """Return room for what `_note` finds: in vectors and in single elements."""
@@ -256,17 +280,23 @@ class Parts(Kernels):
         build.store(build.or_(build.load(place), has_rest), place)
 
     def _parts(
-        self, e: Emitter, raw: ir.Value, which: Sequence[int], factor: ir.Value | None
+        self,
+        e: Emitter,
+        raw: ir.Value,
+        which: Sequence[int],
+        factor: ir.Value | None,
+        *,
+        bounded: bool = True,
     ) -> list[ir.Value]:
         """Return some parts of elements, times a factor, as the bits of bfloat16 numbers.
 
-        The factor is 1, 0 or -1, of float32 any power of two that `MOST` allows.
+        The factor is 1, 0 or -1, of float32 any power of two. ``bounded``: `MOST` is a bound.
         """
         build = e.builder
         lanes = raw.type.count if isinstance(raw.type, ir.VectorType) else 1
         shape = (lambda t: ir.VectorType(t, lanes)) if lanes > 1 else (lambda t: t)
         value = self._number(e, raw, shape)
-        if not self.may_have_rest:
+        if self.is_wide and bounded:
             usable = build.fcmp_ordered("<", self._size(e, value, shape), like(shape(FLOAT), MOST))
             value = build.select(usable, value, like(shape(FLOAT), math.nan))
         if factor is not None:
