@@ -1,9 +1,10 @@
 """What the tests of the CPU backend share: any vector unit's tiles, and fresh processes."""
 
+import contextlib
 import os
 import subprocess
 import sys
-from unittest import mock
+import threading
 
 import numpy as np
 import pytest
@@ -21,12 +22,37 @@ ISAS = (tile.AVX512, tile.AVX2, tile.SIMD128)
 each_isa = pytest.mark.parametrize("isa", ISAS, ids=[isa.name for isa in ISAS])
 
 
+# What this thread pretends to run on. A patch for a while would not do: of two threads, the second
+# to go would put back what the first had put there.
+_pretended = threading.local()
+_host_isa = tile.host_isa
+
+
+def _pretended_isa():
+    return getattr(_pretended, "isa", None) or _host_isa()
+
+
+_pretended_isa.__wrapped__ = _host_isa.__wrapped__
+tile.host_isa = _pretended_isa
+
+
+@contextlib.contextmanager
+def pretended(isa):
+    """Have this thread's calls take the kernels for another vector unit."""
+    before = getattr(_pretended, "isa", None)
+    _pretended.isa = isa
+    try:
+        yield
+    finally:
+        _pretended.isa = before
+
+
 def attention_on(isa):
     """`fusedattn.attention` by the kernels for one vector unit."""
 
     def attention(q, k, v, *, out=None, **options):
         problem = make_problem(q, k, v, out=out, **options)
-        with mock.patch.object(tile, "host_isa", return_value=isa):
+        with pretended(isa):
             result = CPU.forward(problem)
         written = problem.restore(result.out) if out is None else out
         return written if result.lse is None else (written, result.lse)
@@ -43,7 +69,7 @@ def gradient_on(isa):
     """`fusedattn.attention_backward` by the kernels for one vector unit."""
 
     def gradient(*arrays, **options):
-        with mock.patch.object(tile, "host_isa", return_value=isa):
+        with pretended(isa):
             return attention_backward(*arrays, **options, backend="cpu")
 
     return gradient

@@ -1,11 +1,10 @@
 """Products by the matrix unit keep every law, and what it cannot do does not show."""
 
 import math
-from unittest import mock
 
 import numpy as np
 import pytest
-from cpu_backend import assert_same_bits, attention_on, normal
+from cpu_backend import assert_same_bits, attention_on, normal, pretended
 from hypothesis import settings
 from test_cpu_hidden import HIDING, KEYS, POISON, ROWS
 
@@ -311,7 +310,7 @@ def test_the_matrix_unit_is_used_where_both_processor_and_system_have_it(
 def test_explain_names_the_matrix_unit():
     def text(rows, dtype):
         q = np.zeros((1, rows, 64), dtype)
-        with mock.patch.object(tile, "host_isa", return_value=tile.AMX):
+        with pretended(tile.AMX):
             return str(fusedattn.explain(q, q, q))
 
     for dtype in TYPES:
