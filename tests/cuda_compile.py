@@ -21,10 +21,41 @@ from fusedattn.cuda import (
     portable,
     simt,
     tensor_cores,
+    user,
 )
+from fusedattn.cuda.hopper_scores import Features
 
 PLAIN = (None, None, None, False, False, False)
 ALL = ("float16", "float32", "bfloat16", True, True, True)
+
+
+def tabled(score, batch, head, q_idx, k_idx, table):
+    """Add what the distance says."""
+    return score + table[q_idx - k_idx]
+
+
+def of_score_mod():
+    """What a kernel is compiled with for a score_mod that reads a table."""
+    q, table = np.zeros((1, 1, 1, 8), np.float32), np.zeros(4, np.float32)
+    problem = make_problem(q, q, q, score_mod=tabled, score_mod_aux=(table,))
+    return user.functions_of(problem)
+
+
+FEATURES = {
+    "softcap": Features(softcap=True),
+    "alibi": Features(slopes="float32"),
+    "sinks": Features(sinks="bfloat16"),
+    "bias": Features(bias="float64"),
+    "bias-pairs": Features(bias="bfloat16", bias_pairs=True),
+    "mask": Features(mask=True),
+    "mask-pairs": Features(mask=True, mask_pairs=True),
+    "dropout": Features(dropout=True),
+    "score-mod": Features(functions=of_score_mod()),
+    "all": Features(
+        *(True, "float32", "float32", "float16", True, True, True, True),
+        functions=of_score_mod(),
+    ),
+}
 
 
 def kernels():
@@ -43,6 +74,13 @@ def kernels():
         for whole, label in ((True, ""), (False, "-elements")):
             config = hopper_exact.Config(dims, dims, *tile, whole, whole, exact._REGISTERS)
             made[f"exact-{dims}{label}"] = exact.kernel_of(config)
+    for name, features in FEATURES.items():
+        for dims, tile in tensor_cores.tiles_for(features).items():
+            config = hopper.Config("bfloat16", "bfloat16", *dims, *tile, features=features)
+            made[f"hopper-{dims[0]}-{dims[1]}-{name}"] = tensor_cores.kernel_of(config)
+        for dims, tile in tensor_cores._FEW_TILES.items():
+            config = hopper.Config("bfloat16", "float32", *dims, *tile, True, 512, features)
+            made[f"hopper-few-{dims[0]}-{dims[1]}-{name}"] = tensor_cores.kernel_of(config)
     tiles = {"many": portable._MANY, "narrow": portable._NARROW, "few": portable._FEW}
     for name, tile in tiles.items():
         for features, label in ((PLAIN, "plain"), (ALL, "all")):

@@ -11,9 +11,8 @@ from hopper_emulator.programs import compiled
 from test_cuda_hopper import assert_right, operands
 
 from fusedattn import masks
-from fusedattn.cuda import hopper, ptx
+from fusedattn.cuda import ptx
 from fusedattn.cuda.inline import Op
-from fusedattn.cuda.unroll import unroll
 
 
 def nothing(*_):
@@ -110,7 +109,7 @@ class Wrong(run.Emulator):
 def made_wrong(mistake, wrap=None):
     def made(config):
         tools = Wrong(mistake, wrap)
-        return tools, unroll(hopper.make(tools, config), tools.types.uint64)
+        return tools, run.made_for(tools, config)
 
     return made
 
@@ -127,7 +126,7 @@ def assert_found(made, message):
 
     def tries():
         for seed in range(4):
-            emulator = {"seed": seed, "made": made}
+            emulator = {"schedule": seed, "made": made}
             assert_right((q, k, v), emulator=emulator, seqused_k=170, out_dtype=np.float32)
 
     with pytest.raises((Fault, AssertionError), match=message):

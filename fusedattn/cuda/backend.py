@@ -139,13 +139,13 @@ def not_tensor_cores(problem: AttentionProblem, where: driver.Device) -> list[st
     """Reasons why a problem does not take the Hopper kernel of its dtype on a GPU."""
     if where.capability != (9, 0):
         return [f"compute capability {where.major}.{where.minor}, not 9.0"]
+    if problem.dtype != np.float32:
+        return tensor_cores.unsupported(problem)
     reasons = [
         f"{name} is not implemented in it"
         for name in ("score_mod", "block_mask")
         if getattr(problem, name) is not None
     ]
-    if problem.dtype != np.float32:
-        return reasons + tensor_cores.unsupported(problem)
     if problem.seqlen_q <= SPLIT_QUERIES:
         reasons.append("queries are so few that their keys are split")
     return reasons + exact.unsupported(problem)

@@ -23,11 +23,11 @@ merges them.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 from fusedattn import masks
-from fusedattn.cuda import ptx
+from fusedattn.cuda import hopper_scores, hopper_values, ptx, user
+from fusedattn.cuda.hopper_scores import NO_KEY, PLAIN, Features
 from fusedattn.cuda.unroll import inlined, unrolled
 
 # Bytes of a row of a panel, the widest swizzle of TMA; a panel is 64 columns of a half type.
@@ -36,9 +36,6 @@ PANEL = 64
 WARPGROUP = 128
 # What a block may have in shared memory, 1 KiB of it to begin at a multiple of 1 KiB.
 SHARED_LIMIT = 227 * 1024
-LN_2 = math.log(2.0)
-# Logits in base 2 beyond this are subtracted before they are scaled.
-LARGE = 2.0**20
 
 
 class Config(NamedTuple):
@@ -53,6 +50,7 @@ class Config(NamedTuple):
     stages: int
     packed: bool = False  # several heads of a KV group in one tile
     split_keys: int = 0  # keys of a tile; 0: all
+    features: Features = PLAIN
 
     @property
     def block_q(self) -> int:
@@ -91,14 +89,23 @@ class Config(NamedTuple):
 
     def _shared(self, q_stages: int) -> int:
         tiles = q_stages * self.q_bytes + self.stages * (self.k_bytes + self.v_bytes)
-        return tiles + 1024 + 512
+        return tiles + 1024 + 512 + self.stages * self.seen_bytes
+
+    @property
+    def seen_bytes(self) -> int:
+        """Shared memory in which warps tell which keys of a tile they see, of a stage."""
+        return 64 * self.warpgroups if self.features.hides else 0
 
 
 # 64-bit parameters: maps of q, k and v; out, lse (0 for none), the items, the order of the tiles;
 # strides of out in bytes, and the rows of a partial result. What the host can compute is a
-# parameter: it takes no register.
-PARAMETERS = ("int64",) * 10 + ("int32",) * 6 + ("float32",)
-FORMATS = "q" * 10 + "i" * 6 + "f"
+# parameter: it takes no register. For the features of scores: addresses of operands and of their
+# places, strides in bytes; dropout's threshold and seed; factors.
+PARAMETERS = (
+    *(*("int64",) * 10, *("int32",) * 6, "float32"),
+    *(*("int64",) * 13, *("int32",) * 3, *("float32",) * 4),
+)
+FORMATS = "q" * 10 + "i" * 6 + "f" + "q" * 13 + "i" * 3 + "f" * 4
 # What an item of the batch has in the table: four int32 and the offset of its out, as an int64.
 ITEM_BYTES = 24
 # What the order of the tiles says of one: batch item, first head, first row, split; see `schedule`.
@@ -111,6 +118,11 @@ NOTES = 4
 _REGISTERS = {1: (56, 240), 2: (40, 232), 3: (32, 160)}
 
 
+def parameters(config: Config) -> tuple[str, ...]:
+    """Types of the kernel's parameters; what functions of the user's read comes last."""
+    return (*PARAMETERS, *user.parameters_of(config.features.functions))
+
+
 def make(tools: Any, config: Config) -> Any:
     """Return the kernel, a Python function for one toolchain."""
     cuda, types = tools.cuda, tools.types
@@ -119,7 +131,6 @@ def make(tools: Any, config: Config) -> Any:
     row_interval = tools.device(masks.row_interval)
     block_interval = tools.device(masks.block_interval)
     common_interval = tools.device(masks.common_interval)
-    NO_KEY = -math.inf
 
     DIMS, DIMS_V, KEYS, STAGES = config.dims, config.dims_v, config.block_k, config.stages
     BLOCK_Q, WARPGROUPS = config.block_q, config.warpgroups
@@ -135,6 +146,7 @@ def make(tools: Any, config: Config) -> Any:
     K_FULL = Q_EMPTY + 8 * Q_STAGES
     V_FULL, K_EMPTY, V_EMPTY = (K_FULL + 8 * STAGES * n for n in (1, 2, 3))
     RING = NOTES * NOTE_BYTES - 1
+    SEEN_AT, SEEN_BYTES = V_EMPTY + 8 * STAGES + 15 & -16, config.seen_bytes
     SCORES, OUTPUTS, WEIGHTS = KEYS // 2, DIMS_V // 2, KEYS // 4
     K_MAJOR = ptx.descriptor_words(16, 1024)[0]
     MN_MAJOR = ptx.descriptor_words(KV_PANEL, 1024)[0]
@@ -144,21 +156,23 @@ def make(tools: Any, config: Config) -> Any:
     few, many = _REGISTERS[WARPGROUPS]
     CONSUMERS = WARPGROUPS * WARPGROUP
     PACKED, SPLIT, SPLIT_KEYS = config.packed, config.split_keys > 0, config.split_keys
+    features = config.features
+    TOUCHED = features.natural or features.hides
+    HIDES, SINKS, DROPOUT = features.hides, features.sinks is not None, features.dropout
+    sink_of, begin_rows, touch, hide, weigh, drop, finish = hopper_scores.make(tools, config)
+    tell_seen, clear_unseen = hopper_values.make(tools, config)
 
     shared_base, load_int, load_long = asm(ptx.SHARED_BASE), asm(ptx.LOAD_INT), asm(ptx.LOAD_LONG)
     store_word, store_float = asm(ptx.STORE_WORD), asm(ptx.STORE_FLOAT)
-    store_floats, store_zeros = asm(ptx.STORE_FLOATS), asm(ptx.STORE_SHARED_ZEROS)
+    store_floats = asm(ptx.STORE_FLOATS)
     this_thread = asm(ptx.THREAD)
     tell, tell_long = asm(ptx.STORE_SHARED_INT), asm(ptx.STORE_SHARED_LONG)
     told, told_long = asm(ptx.LOAD_SHARED_INT), asm(ptx.LOAD_SHARED_LONG)
-    exp2, log2, fma, maximum = asm(ptx.EXP2), asm(ptx.LOG2), asm(ptx.FMA), asm(ptx.MAX)
     pack = asm(ptx.PACK[config.storage])
     pack_out = asm(ptx.PACK["bfloat16" if WIDE else config.out_storage])
-    swap_1, swap_2 = asm(ptx.SWAP_1), asm(ptx.SWAP_2)
     barrier_init, barrier_fence = asm(ptx.BARRIER_INIT), asm(ptx.BARRIER_INIT_FENCE)
     arrive, expect, wait = asm(ptx.BARRIER_ARRIVE), asm(ptx.BARRIER_EXPECT), asm(ptx.BARRIER_WAIT)
     prefetch, load_tile = asm(ptx.PREFETCH_MAP), asm(ptx.LOAD_TILE)
-    proxy_fence = asm(ptx.PROXY_FENCE)
     fewer_registers = asm(ptx.set_registers(few, more=False))
     more_registers = asm(ptx.set_registers(many, more=True))
     first_lane = asm(ptx.FIRST_LANE)
@@ -193,81 +207,13 @@ def make(tools: Any, config: Config) -> Any:
         column = int32(int32(this_thread() & int32(3)) * int32(2))
 
     @inlined
-    def hide(scores, key, query, about):
-        # Keys that a row does not see.
-        column = int32(0)
-        first_column(column)
+    def bounds(query, about, low, high):
+        # Which keys my rows see.
         k_from, k_to = told(int32(about + 16)), told(int32(about + 20))
         used_q, used_k = told(int32(about + 24)), told(int32(about + 28))
-        low = cuda.local.array(2, int32)
-        high = cuda.local.array(2, int32)
         for h in unrolled(2):
             lo, hi = row_interval(query[h], k_from, k_to, used_q, used_k)
             low[h], high[h] = int32(lo), int32(hi)
-        for i in unrolled(SCORES):
-            at = int32(key + column + (i // 4 * 8 + i % 2))
-            if at < low[i % 4 // 2] or at >= high[i % 4 // 2]:
-                scores[i] = float32(NO_KEY)
-
-    @inlined
-    def shift_of(row_max, scale_log2, shift):
-        # A row that has seen no key has nothing to shift by; -inf - -inf is NaN.
-        for h in unrolled(2):
-            shift[h] = -row_max[h] * scale_log2
-            if row_max[h] == float32(NO_KEY):
-                shift[h] = float32(0)
-
-    @inlined
-    def weigh(scores, row_max, row_sum, rescale, scale_log2):
-        # From scores to weights: the largest of each row, and what the rows before it shrink by.
-        old = cuda.local.array(2, float32)
-        shift = cuda.local.array(2, float32)
-        start = cuda.local.array(2, float32)
-        shift_of(row_max, scale_log2, old)
-        for i in unrolled(SCORES // 4):
-            for h in unrolled(2):
-                larger = maximum(scores[4 * i + 2 * h], scores[4 * i + 2 * h + 1])
-                row_max[h] = maximum(row_max[h], larger)
-        for h in unrolled(2):
-            row_max[h] = maximum(row_max[h], swap_1(row_max[h]))
-        for h in unrolled(2):
-            row_max[h] = maximum(row_max[h], swap_2(row_max[h]))
-        shift_of(row_max, scale_log2, shift)
-        for h in unrolled(2):
-            start[h] = shift[h]
-        if max(abs(shift[0]), abs(shift[1])) > float32(LARGE):
-            # Far from 0, a product rounded here and not there may differ by more than the largest
-            # exponent.
-            for h in unrolled(2):
-                start[h] = float32(0)
-                base = row_max[h]
-                if base == float32(NO_KEY):
-                    base = float32(0)
-                for i in unrolled(SCORES // 4):
-                    scores[4 * i + 2 * h] -= base
-                    scores[4 * i + 2 * h + 1] -= base
-        for h in unrolled(2):
-            # Of a row without a key so far, sums and outputs are 0: any factor will do.
-            rescale[h] = exp2(min(shift[h] - old[h], float32(0)))
-            row_sum[h] *= rescale[h]
-        for i in unrolled(SCORES // 4):
-            for h in unrolled(2):
-                for j in unrolled(4 * i + 2 * h, 4 * i + 2 * h + 2):
-                    scores[j] = exp2(fma(scores[j], scale_log2, start[h]))
-                row_sum[h] += scores[4 * i + 2 * h] + scores[4 * i + 2 * h + 1]
-
-    @inlined
-    def clear_unseen(values, key, key_lo, key_hi):
-        # Values that no row of the tile sees may hold NaN; 0 * NaN is no 0.
-        if key < key_lo or int32(key + KEYS) > key_hi:
-            at = int32(this_thread() - int32(128))
-            while at < int32(KEYS * PANELS_V * 8):
-                r = int32((at >> int32(3)) % int32(KEYS) + key)
-                if r < key_lo or r >= key_hi:
-                    store_zeros(int32(values + at * int32(16)))
-                at = int32(at + CONSUMERS)
-            proxy_fence()
-            consumers_meet()
 
     @inlined
     def write_row(h, outputs, factor, to, head_dim_v):
@@ -282,6 +228,9 @@ def make(tools: Any, config: Config) -> Any:
     def kernel(
         q_map, k_map, v_map, out, lse, items, order, out_head, out_row, split_rows,
         num_heads, group_size, seqlen_q, head_dim_v, unit_heads, turns, scale_log2,
+        mask, bias, slopes, sinks, places, mask_head, mask_row, mask_last,
+        bias_head, bias_row, bias_last, slopes_head, sinks_head, threshold, seed_low, seed_high,
+        scale, softcap, softcap_inverse, keep_scale, *extra,
     ):  # fmt: skip
         thread = int32(cuda.threadIdx.x)
         # Products of int32 are int64 to Numba: what is cast back stays in one register.
@@ -408,6 +357,20 @@ def make(tools: Any, config: Config) -> Any:
             rescale = cuda.local.array(2, float32)
             query = cuda.local.array(2, int32)
             query_head = cuda.local.array(2, int32)
+            low = cuda.local.array(2, int32)
+            high = cuda.local.array(2, int32)
+            # Their slopes, where they stand, and where their masks and biases begin.
+            slope = cuda.local.array(2, float32)
+            position = cuda.local.array(2, int32)
+            mask_at = cuda.local.array(2, int64)
+            bias_at = cuda.local.array(2, int64)
+            # Which keys of a tile all warps see, and one of them.
+            words = cuda.local.array(4, int32)
+            some = cuda.local.array(4, int32)
+            # Of two neighbouring keys: which they are, their biases and masks.
+            near = cuda.local.array(2, int32)
+            biases = cuda.local.array(2, float32)
+            marks = cuda.local.array(2, int32)
             mine = int32(thread - int32(128))
             warp = first_lane(int32(mine >> int32(5)))
             warpgroup = int32(warp >> int32(2))
@@ -471,8 +434,14 @@ def make(tools: Any, config: Config) -> Any:
                         for h in unrolled(2):
                             if query[h] < seqlen_q:
                                 place(h)
+                                row_lse = float32(NO_KEY)
+                                if SINKS:
+                                    if split == 0 and query[h] < told(int32(note + 24)):
+                                        sink_of(
+                                            row_lse, batch, query_head[h], sinks, places, sinks_head
+                                        )
                                 if lse != 0 and column == 0:
-                                    store_float(to_lse, float32(NO_KEY))
+                                    store_float(to_lse, row_lse)
                                 for i in unrolled(DIMS_V // 8):
                                     if int32(i * 8) < head_dim_v:
                                         if WIDE:
@@ -487,6 +456,42 @@ def make(tools: Any, config: Config) -> Any:
                 begin_scores(
                     scores, int32(q_places + q_stage * Q_STEP), int32(k_places + stage * K_STEP)
                 )
+
+            def look():
+                # From products to weights, those of the tile of keys at hand.
+                nonlocal column
+                cut = key < all_lo or int32(key + KEYS) > all_hi
+                first_column(column)
+                if cut:
+                    bounds(query, note, low, high)
+                if HIDES:
+                    if cut:
+                        touch(
+                            scores, key, column, low, high, True, query, query_head, item_batch,
+                            slope, position, mask_at, bias_at, mask_last, bias_last,
+                            scale, softcap, softcap_inverse, near, biases, marks, *extra,
+                        )  # fmt: skip
+                    else:
+                        touch(
+                            scores, key, column, low, high, False, query, query_head, item_batch,
+                            slope, position, mask_at, bias_at, mask_last, bias_last,
+                            scale, softcap, softcap_inverse, near, biases, marks, *extra,
+                        )  # fmt: skip
+                elif TOUCHED:
+                    touch(
+                        scores, key, column, low, high, False, query, query_head, item_batch,
+                        slope, position, mask_at, bias_at, mask_last, bias_last,
+                        scale, softcap, softcap_inverse, near, biases, marks, *extra,
+                    )  # fmt: skip
+                if cut:
+                    hide(scores, key, column, low, high)
+                tell_seen(scores, int32(shared + SEEN_AT + stage * SEEN_BYTES))
+                weigh(scores, row_max, row_sum, rescale, scale_log2)
+                if DROPOUT:
+                    drop(
+                        scores, key, column, query, query_head, item_batch,
+                        threshold, seed_low, seed_high,
+                    )  # fmt: skip
 
             find()
             if found:
@@ -504,14 +509,19 @@ def make(tools: Any, config: Config) -> Any:
                 )  # fmt: skip
                 all_lo, all_hi = int32(lo), int32(hi)
                 my_queries(row_lo, told(int32(note + 8)))
-                for h in unrolled(2):
-                    row_max[h], row_sum[h] = float32(NO_KEY), float32(0)
+                item_batch = told(int32(note + 4))
+                first_column(column)
+                begin_rows(
+                    query, query_head, column, item_batch, told(int32(note + 8)),
+                    told(int32(note + 12)), told(int32(note + 24)), seqlen_q,
+                    row_max, row_sum, slope, position, mask_at, bias_at,
+                    mask, bias, slopes, sinks, places,
+                    mask_head, mask_row, bias_head, bias_row, slopes_head, sinks_head,
+                )  # fmt: skip
                 for i in unrolled(OUTPUTS):
                     outputs[i] = float32(0)
                 key = int32((key_hi - int32(1)) // int32(KEYS) * int32(KEYS))
-                if key < all_lo or int32(key + KEYS) > all_hi:
-                    hide(scores, key, query, note)
-                weigh(scores, row_max, row_sum, rescale, scale_log2)
+                look()
                 for i in unrolled(WEIGHTS):
                     weights[i] = pack(scores[2 * i], scores[2 * i + 1])
 
@@ -521,15 +531,17 @@ def make(tools: Any, config: Config) -> Any:
                     wait(int32(shared + K_FULL + 8 * stage), phase)
                     begin()
                     wait(int32(shared + V_FULL + 8 * before), phase_before)
-                    clear_unseen(int32(shared + V_AT + before * V_BYTES), key, key_lo, key_hi)
+                    clear_unseen(
+                        int32(shared + V_AT + before * V_BYTES),
+                        int32(shared + SEEN_AT + before * SEEN_BYTES), key, key_lo, key_hi,
+                        words, some,
+                    )  # fmt: skip
                     begin_outputs(outputs, weights, int32(v_places + before * V_STEP))
                     scores_ready(scores)
                     if leader:
                         arrive(int32(shared + K_EMPTY + 8 * stage))
                     key = int32(key - KEYS)
-                    if key < all_lo or int32(key + KEYS) > all_hi:
-                        hide(scores, key, query, note)
-                    weigh(scores, row_max, row_sum, rescale, scale_log2)
+                    look()
                     outputs_ready(outputs)
                     if leader:
                         arrive(int32(shared + V_EMPTY + 8 * before))
@@ -542,7 +554,11 @@ def make(tools: Any, config: Config) -> Any:
                     arrive(int32(shared + Q_EMPTY + 8 * q_stage))
                 advance(q_stage, q_phase, Q_STAGES)
                 wait(int32(shared + V_FULL + 8 * stage), phase)
-                clear_unseen(int32(shared + V_AT + stage * V_BYTES), key, key_lo, key_hi)
+                clear_unseen(
+                    int32(shared + V_AT + stage * V_BYTES),
+                    int32(shared + SEEN_AT + stage * SEEN_BYTES), key, key_lo, key_hi,
+                    words, some,
+                )  # fmt: skip
                 begin_outputs(outputs, weights, int32(v_places + stage * V_STEP))
                 # The first scores of the next tile are made while the outputs of this one are
                 # finished and written; after the last tile nobody looks at what is made.
@@ -557,12 +573,8 @@ def make(tools: Any, config: Config) -> Any:
                     arrive(int32(shared + V_EMPTY + 8 * before))
                 recall(now)
                 for h in unrolled(2):
-                    row_sum[h] += swap_1(row_sum[h])
-                    row_sum[h] += swap_2(row_sum[h])
-                    factor, row_lse = float32(1), float32(NO_KEY)
-                    if not row_sum[h] == float32(0):
-                        factor = float32(1) / row_sum[h]
-                        row_lse = fma(row_max[h], scale_log2, log2(row_sum[h])) * float32(LN_2)
+                    total, factor, row_lse = row_sum[h], float32(1), float32(NO_KEY)
+                    finish(total, row_max[h], scale_log2, keep_scale, factor, row_lse)
                     if query[h] < seqlen_q:
                         place(h)
                         if lse != 0 and column == 0:

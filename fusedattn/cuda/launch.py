@@ -19,6 +19,15 @@ class Argument(NamedTuple):
     bare: bool = False  # the parameter is the address itself
 
 
+def slots_of(arguments: Iterable[Argument], addresses: Mapping[str, int]) -> tuple[int, ...]:
+    """Return what the parameters hold."""
+    tools, slots = compiler.toolchain(), []
+    for name, low, length, itemsize, bare in arguments:
+        address = addresses.get(name, 0) + low
+        slots += [address] if bare else tools.array_words(address, length, itemsize)
+    return tuple(slots)
+
+
 class Launch:
     """One kernel on one GPU, for any number of calls that differ in addresses only."""
 

@@ -7,6 +7,7 @@ and semantics are those of NVIDIA's PTX ISA, chapters "mbarrier", "cp.async.bulk
 
 from __future__ import annotations
 
+from fusedattn import philox
 from fusedattn.cuda.inline import Block, Op
 
 # Where the shared memory of a kernel without variables of its own begins.
@@ -27,11 +28,40 @@ STORE_SHARED_INT = Op("st.shared.b32 [$0], $1;", "", "rr")
 STORE_SHARED_ZEROS = Op("st.shared.v4.b32 [$0], {0, 0, 0, 0};", "", "r")
 STORE_SHARED_WORDS = Op("st.shared.v2.b32 [$0], {$1, $2};", "", "rrr")
 
+# Elements of operands that no kernel writes, as float32 or as a word; float64 is rounded.
+LOAD_ELEMENT = {
+    "float16": Op("{ .reg .b16 h; ld.global.nc.u16 h, [$1]; cvt.f32.f16 $0, h; }", "f", "l"),
+    "bfloat16": Op("{ .reg .b16 h; ld.global.nc.u16 h, [$1]; cvt.f32.bf16 $0, h; }", "f", "l"),
+    "float32": Op("ld.global.nc.f32 $0, [$1];", "f", "l"),
+    "float64": Op("{ .reg .f64 d; ld.global.nc.f64 d, [$1]; cvt.rn.f32.f64 $0, d; }", "f", "l"),
+}
+LOAD_BYTE = Op("ld.global.nc.u8 $0, [$1];", "r", "l")
+# Two elements of half a word each, and either of them.
+LOAD_BYTES = Op("ld.global.nc.u16 $0, [$1];", "r", "l")
+LOAD_HALVES = Op("ld.global.nc.b32 $0, [$1];", "r", "l")
+LOWER = {
+    kind: Op(f"{{ .reg .b16 h; cvt.u16.u32 h, $1; cvt.f32.{short} $0, h; }}", "f", "r")
+    for kind, short in (("float16", "f16"), ("bfloat16", "bf16"))
+}
+UPPER = {
+    kind: Op(
+        "{ .reg .b16 h; .reg .b32 w; shr.u32 w, $1, 16; cvt.u16.u32 h, w;"
+        f" cvt.f32.{short} $0, h; }}",
+        "f",
+        "r",
+    )
+    for kind, short in (("float16", "f16"), ("bfloat16", "bf16"))
+}
+
 # base 2, 2 ulp, tiny results become 0
 EXP2 = Op("ex2.approx.ftz.f32 $0, $1;", "f", "f")
 LOG2 = Op("lg2.approx.f32 $0, $1;", "f", "f")
 FMA = Op("fma.rn.f32 $0, $1, $2, $3;", "f", "fff")
 MAX = Op("max.f32 $0, $1, $2;", "f", "ff")
+# 1 ulp
+RECIPROCAL = Op("rcp.approx.ftz.f32 $0, $1;", "f", "f")
+# The sign of the first argument, the size of the second.
+COPY_SIGN = Op("copysign.f32 $0, $1, $2;", "f", "ff")
 # This one keeps a NaN, the others lose it.
 MAX_OR_NAN = Op("max.NaN.f32 $0, $1, $2;", "f", "ff")
 # The larger argument is the upper half.
@@ -49,6 +79,40 @@ UNKNOWN = Op("mov.b32 $0, $1;", "r", "r")
 # The value of the lane whose number differs in one bit.
 SWAP_1 = Op("shfl.sync.bfly.b32 $0, $1, 1, 0x1f, 0xffffffff;", "f", "f")
 SWAP_2 = Op("shfl.sync.bfly.b32 $0, $1, 2, 0x1f, 0xffffffff;", "f", "f")
+
+
+def swap_words(bit: int) -> Op:
+    """Return the same for an integer."""
+    return Op(f"shfl.sync.bfly.b32 $0, $1, {bit}, 0x1f, 0xffffffff;", "r", "r")
+
+
+def kept_by_philox() -> Op:
+    """Which of four neighbouring keys dropout keeps, one bit each.
+
+    Arguments: four counter words, two of the key, and the threshold that a kept key's word reaches
+    (`fusedattn.philox`).
+    """
+    words, keys = ["a", "b", "c", "d"], ("k", "l")
+    lines = ["{ .reg .b32 a, b, c, d, k, l, x, y, kept; .reg .b64 wide; .reg .pred p;"]
+    lines += [f"mov.b32 {name}, ${i};" for i, name in enumerate((*words, *keys), 1)]
+    for turn in range(philox.ROUNDS):
+        if turn:
+            steps = zip(keys, philox.KEY_STEPS, strict=True)
+            lines += [f"add.u32 {name}, {name}, {step};" for name, step in steps]
+        a, b, c, d = words
+        lines += [
+            f"mul.wide.u32 wide, {a}, {philox.MULTIPLIERS[0]}; mov.b64 {{{a}, x}}, wide;",
+            f"mul.wide.u32 wide, {c}, {philox.MULTIPLIERS[1]}; mov.b64 {{{c}, y}}, wide;",
+            f"xor.b32 {b}, {b}, y; xor.b32 {b}, {b}, k; xor.b32 {d}, {d}, x; xor.b32 {d}, {d}, l;",
+        ]
+        words = [b, c, d, a]
+    lines.append("mov.b32 kept, 0;")
+    lines += [
+        f"setp.ge.u32 p, {name}, $7; @p or.b32 kept, kept, {1 << i};"
+        for i, name in enumerate(words)
+    ]
+    return Op("\n".join([*lines, "mov.b32 $0, kept; }"]), "r", "r" * 7)
+
 
 BARRIER_INIT = Op("mbarrier.init.shared::cta.b64 [$0], $1;", "", "rr")
 BARRIER_INIT_FENCE = Op("fence.mbarrier_init.release.cluster; fence.proxy.async;")
@@ -234,6 +298,13 @@ def part_accumulate(n: int, keys: int, b_part: int) -> Block:
             ]
     lines += ["wgmma.commit_group.sync.aligned;", "}"]
     return Block("\n".join(lines), arrays, "r")
+
+
+def load_shared(count: int) -> Block:
+    """Load words from shared memory, at a multiple of their bytes."""
+    arrays = (("r", count, True),)
+    (words,), (at,) = Block.operands(arrays, "r")
+    return Block(f"ld.shared.v{count}.b32 {{{', '.join(words)}}}, [{at}];", arrays, "r")
 
 
 def wait_for(counts: int | tuple[int, ...], pending: int) -> Block:

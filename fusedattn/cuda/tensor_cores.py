@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import math
 import threading
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fusedattn.cuda import combine, compiler, driver, hopper
+from fusedattn.cuda import combine, compiler, driver, hopper, hopper_operands, user
+from fusedattn.cuda.hopper_scores import PLAIN, Features
+from fusedattn.cuda.launch import slots_of
 from fusedattn.cuda.params import SPLIT_KEYS, SPLIT_QUERIES, lengths_of, span_of, unit_heads
 from fusedattn.cuda.schedule import schedule
 from fusedattn.masks import MAX_SEQLEN, relative_bounds
@@ -28,6 +30,15 @@ _TILES = {
 # The same for short sequences of which most tiles end at the diagonal: flat ones waste less.
 _SHORT = 1024
 _SHORT_TILES = {(64, 64): (2, 128, 4)}
+# The same where something is done to scores, and where keys are hidden one by one: both take
+# registers.
+_FEATURED_TILES = {**_TILES, (64, 64): (2, 128, 4)}
+_HIDING_TILES = {
+    (64, 64): (2, 128, 4),
+    (128, 128): (2, 96, 2),
+    (192, 128): (2, 96, 2),
+    (256, 256): (2, 64, 2),
+}
 # The same for few queries, where bytes under way count and nothing else.
 _FEW_TILES = {
     (64, 64): (1, 128, 4),
@@ -52,22 +63,31 @@ def config_of(problem: AttentionProblem) -> hopper.Config:
     dims = dims_of(problem)
     assert dims is not None, "looked at before"
     storage, out_storage = problem.dtype.name, problem.out_dtype.name
+    features = hopper_operands.features_of(problem)
     if problem.seqlen_q > SPLIT_QUERIES:
-        tiles = _TILES
+        tiles = tiles_for(features)
         cut = problem.causal or problem.window_size != (None, None)
         if cut and problem.seqlen_k <= _SHORT:
-            tiles = _TILES | _SHORT_TILES
-        config = hopper.Config(storage, out_storage, *dims, *tiles[dims])
+            tiles = tiles | _SHORT_TILES
+        config = hopper.Config(storage, out_storage, *dims, *tiles[dims], features=features)
         return config._replace(packed=unit_heads(problem, config.block_q) > 1)
     if problem.seqlen_k > SPLIT_KEYS:
         out_storage = "float32"
     few = hopper.Config(storage, out_storage, *dims, *_FEW_TILES[dims])
-    return few._replace(packed=True, split_keys=SPLIT_KEYS)
+    return few._replace(packed=True, split_keys=SPLIT_KEYS, features=features)
+
+
+def tiles_for(features: Features) -> dict[tuple[int, int], tuple[int, int, int]]:
+    """Return the tiles for many queries."""
+    if features.hides:
+        return _HIDING_TILES
+    return _TILES if features == PLAIN else _FEATURED_TILES
 
 
 def kernel_of(config: hopper.Config) -> compiler.Kernel:
     """Return the kernel to compile."""
-    return compiler.Kernel("hopper", hopper.make, config, hopper.PARAMETERS, config.threads)
+    parameters = hopper.parameters(config)
+    return compiler.Kernel("hopper", hopper.make, config, parameters, config.threads)
 
 
 def unsupported(problem: AttentionProblem) -> list[str]:
@@ -75,17 +95,6 @@ def unsupported(problem: AttentionProblem) -> list[str]:
     reasons = []
     if problem.dtype.itemsize != 2:
         reasons.append(f"{problem.dtype} is no half type")
-    options = {
-        "mask": problem.mask,
-        "bias": problem.bias,
-        "alibi_slopes": problem.alibi_slopes,
-        "softcap": problem.softcap,
-        "sinks": problem.sinks,
-        "dropout": problem.dropout_p or None,
-    }
-    reasons += [
-        f"{name} is not implemented in it" for name, value in options.items() if value is not None
-    ]
     if not 2.0**-100 < problem.scale < 2.0**100:
         reasons.append("scale is not positive, or far from 1")
     if dims_of(problem) is None:
@@ -103,7 +112,7 @@ def unsupported(problem: AttentionProblem) -> list[str]:
         or address_of(problem.out) % 8
     ):
         reasons.append("rows of out are not dense, or not aligned")
-    return reasons
+    return reasons + hopper_operands.unsupported(problem)
 
 
 def address_of(array: Array) -> int:
@@ -191,6 +200,7 @@ class Launch(NamedTuple):
     splits: int
     out_item: int  # bytes of a batch item of a partial result
     numbers: tuple[int | float, ...]
+    operands: tuple[int | float, ...]  # numbers that features ask for
 
     @property
     def grid(self) -> int:
@@ -198,10 +208,18 @@ class Launch(NamedTuple):
         return int(self.order.shape[1])
 
     def arguments(
-        self, maps: int, out: int, lse: int, items: int, order: int
+        self, maps: int, addresses: Mapping[str, int], tables: tuple[int, int, int]
     ) -> tuple[int | float, ...]:
-        """Return the kernel's arguments, given where all that it is given lies; no lse: 0."""
-        return (maps, maps + 128, maps + 256, out, lse, items, order, *self.numbers)
+        """Return the kernel's arguments, given where all that it is given lies; no lse: 0.
+
+        The tables are those of items, of the order and of places.
+        """
+        operands = (addresses.get(name, 0) for name in hopper_operands.OPERANDS)
+        out, lse = addresses["out"], addresses.get("lse", 0)
+        return (
+            *(maps, maps + 128, maps + 256, out, lse, *tables[:2], *self.numbers),
+            *(*operands, tables[2], *self.operands),
+        )
 
 
 def launch_of(problem: AttentionProblem, config: hopper.Config, multiprocessors: int) -> Launch:
@@ -221,9 +239,10 @@ def launch_of(problem: AttentionProblem, config: hopper.Config, multiprocessors:
     numbers = (
         *(head, row, problem.batch_size * problem.num_heads * problem.seqlen_q),
         *(problem.num_heads, problem.group_size, problem.seqlen_q, problem.head_dim_v, together),
-        *(order.shape[0] * order.shape[1], problem.scale / math.log(2.0)),
+        *(order.shape[0] * order.shape[1], hopper_operands.exponent_factor(problem, config.features)),
     )
-    return Launch(config, order, splits, problem.num_heads * head, numbers)
+    operands = hopper_operands.numbers_of(problem)
+    return Launch(config, order, splits, problem.num_heads * head, numbers, operands)
 
 
 class Prepared:
@@ -241,6 +260,10 @@ class Prepared:
         self._problem, self._table = problem, item_table(problem, launch)
         self._items = driver.upload(where, self._table)
         self._order = driver.upload(where, launch.order)
+        self._places = driver.upload(where, hopper_operands.place_table(problem))
+        self._functions: user.Operands | None = None
+        if launch.config.features.functions is not None:
+            self._functions = user.Operands(launch.config.features.functions, None, where)
         self._combine = None
         if launch.splits > 1:
             span = span_of(problem.out) if problem.out is not None else None
@@ -272,19 +295,27 @@ class Prepared:
         key = addresses["q"], addresses["k"], addresses["v"]
         maps = self._maps.get(key) or self._make_maps(key)
         if self._combine is None:
-            self._start(maps, addresses["out"], addresses.get("lse", 0), items, stream)
+            self._start(maps, addresses, items, stream)
             return
         outputs, lse = self._combine.sizes
         with driver.scratch(self.where, outputs + lse, stream) as scratch:
-            self._start(maps, scratch, scratch + outputs, items, stream)
+            parts = {**addresses, "out": scratch, "lse": scratch + outputs}
+            self._start(maps, parts, items, stream)
             self._combine.run(scratch, addresses, stream)
 
-    def _start(self, maps: driver.Memory, out: int, lse: int, items: int, stream: int) -> None:
+    def _start(
+        self, maps: driver.Memory, addresses: Mapping[str, int], items: int, stream: int
+    ) -> None:
+        launch, functions = self._launch, self._functions
+        tables = (items, self._order.address, self._places.address)
+        values = launch.arguments(maps.address, addresses, tables)
+        if functions is not None:
+            values += slots_of(functions.arguments, functions.addresses(dict(addresses)))
         words = getattr(self._local, "words", None)
         if words is None:
-            words = self._local.words = driver.Words(hopper.FORMATS)
-        launch = self._launch
-        words.fill(*launch.arguments(maps.address, out, lse, items, self._order.address))
+            others = len(values) - len(hopper.FORMATS)
+            words = self._local.words = driver.Words(hopper.FORMATS + "q" * others)
+        words.fill(*values)
         self._function.launch((launch.grid, 1, 1), (launch.config.threads, 1), stream, words)
 
     def _make_maps(self, key: tuple[int, int, int]) -> driver.Memory:

@@ -116,7 +116,11 @@ class _Unroller(ast.NodeTransformer):
             return self.generic_visit(node)
         assert not call.keywords
         parameters = [parameter.arg for parameter in definition.args.args]
-        arguments = [self.visit(argument) for argument in call.args]
+        arguments = self.visit_Call(call).args
+        if definition.args.vararg is not None:
+            rest = arguments[len(parameters) :]
+            self._spread[definition.args.vararg.arg] = [argument.id for argument in rest]
+            arguments = arguments[: len(parameters)]
         said = [part for part in definition.body if isinstance(part, ast.Nonlocal)]
         outer = {name for part in said for name in part.names}
         body = [part for part in definition.body if part not in said]

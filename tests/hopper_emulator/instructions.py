@@ -100,9 +100,44 @@ def _move_64(_, x):
     return x[0] & 0xFFFFFFFF | (x[1] & 0xFFFFFFFF) << 32 if isinstance(x, list) else x
 
 
-@instruction("add.s32")
+@instruction("mov.b64 {}")
+def _halves(_, x):
+    return signed(x & 0xFFFFFFFF), signed(x >> 32 & 0xFFFFFFFF)
+
+
+@instruction("add.s32", "add.u32")
 def _add(_, a, b):
-    return signed(a + b)
+    return signed(signed(a) + signed(b))
+
+
+@instruction("mul.wide.u32")
+def _multiply_wide(_, a, b):
+    return signed((a & 0xFFFFFFFF) * (b & 0xFFFFFFFF), 64)
+
+
+@instruction("xor.b32")
+def _xor(_, a, b):
+    return signed(a ^ b)
+
+
+@instruction("or.b32")
+def _or(_, a, b):
+    return signed(a | b)
+
+
+@instruction("shr.u32")
+def _shift_right(_, a, b):
+    return (a & 0xFFFFFFFF) >> b
+
+
+@instruction("cvt.u16.u32")
+def _lower_half(_, a):
+    return a & 0xFFFF
+
+
+@instruction("setp.ge.u32")
+def _not_less(_, a, b):
+    return a & 0xFFFFFFFF >= b & 0xFFFFFFFF
 
 
 @instruction("add.s64")
@@ -155,12 +190,38 @@ def _max_or_nan(_, a, b):
     return a if a >= b or a != a else b
 
 
+<<<<<<< HEAD
 @instruction("cvt.rz.bf16x2.f32")
 def _truncate_bfloat16(_, upper, lower):
     low, high = struct.unpack("<2I", struct.pack("<2f", lower, upper))
     low = low >> 16 if lower == lower else 0x7FFF
     high = high >> 16 if upper == upper else 0x7FFF
     return signed(low | high << 16)
+=======
+@instruction("rcp.approx.ftz.f32")
+def _reciprocal(_, x):
+    return flushed(float32(1) / x)
+
+
+@instruction("copysign.f32")
+def _copy_sign(_, sign, size):
+    return np.copysign(size, sign)
+
+
+@instruction("cvt.f32.f16")
+def _from_float16(_, bits):
+    return float32(np.uint16(bits).view(np.float16))
+
+
+@instruction("cvt.f32.bf16")
+def _from_bfloat16(_, bits):
+    return np.uint32(bits << 16).view(float32)
+
+
+@instruction("cvt.rn.f32.f64")
+def _from_float64(_, x):
+    return float32(x)
+>>>>>>> 918f17c (Add softcap, ALiBi, sinks, bias, masks, dropout and score_mod to the Hopper kernel)
 
 
 @instruction("cvt.rn.bf16x2.f32")
@@ -179,6 +240,7 @@ def _pack_float16(_, upper, lower):
 # Global and ordinary shared memory. A type's letter is that of struct.
 
 _LETTERS = {"b32": "i", "s32": "i", "u32": "I", "f32": "f", "b64": "q", "s64": "q", "u64": "Q"}
+_LETTERS |= {"u8": "B", "u16": "H", "f64": "d"}
 
 
 def _format(rest):
@@ -203,7 +265,7 @@ def _bits(rest, values):
     return np.frombuffer(struct.pack(letters, *values), np.uint8)
 
 
-@instruction("ld.global.*")
+@instruction("ld.global.nc.*", "ld.global.*")
 def _load_global(call, at):
     memory = call.tools.memory.bytes_at(at[0], struct.calcsize(_format(call.rest)))
     return _values(call.rest, memory)

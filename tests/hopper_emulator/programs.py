@@ -7,7 +7,7 @@ variables, or elements of local arrays; labels become numbers of the parts that 
 import re
 
 from fusedattn.cuda.inline import Op
-from hopper_emulator.instructions import Call, find
+from hopper_emulator.instructions import TABLE, Call, find
 from hopper_emulator.machine import Fault
 from hopper_emulator.matrix import Registers
 
@@ -103,7 +103,9 @@ class _Writer:
         if name in ("bra", "bra.uni"):
             lines = [f"at = {labels[operands[0]]}", "continue"]
         else:
-            entry, rest = find(name)
+            # What it does may depend on whether it has one destination or several.
+            several = name + " {}" if operands and operands[0][0] == "{" else name
+            entry, rest = find(several if several in TABLE else name)
             self.space[f"f{len(self.space)}"] = entry.function
             self.space[f"c{len(self.space)}"] = Call(self._tools, rest)
             target = operands.pop(0) if entry.writes else None

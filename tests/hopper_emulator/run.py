@@ -8,7 +8,9 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from fusedattn.cuda import hopper, tensor_cores
+from fusedattn.cuda import hopper, hopper_operands, tensor_cores, user
+from fusedattn.cuda.params import compact
+from fusedattn.cuda.portable import flat_of
 from fusedattn.cuda.unroll import unroll
 from fusedattn.merge import merge
 from fusedattn.problem import Result, make_problem
@@ -20,8 +22,6 @@ from hopper_emulator.programs import compiled
 
 # As many multiprocessors share out the tiles of a problem.
 MULTIPROCESSORS = 2
-# What the backend refuses before it looks for a kernel.
-_REFUSED = ("score_mod", "block_mask")
 
 
 class _Cuda:
@@ -45,6 +45,7 @@ class Emulator:
     """A toolchain (`fusedattn.cuda.toolchains.Toolchain`) whose kernels run in the emulator."""
 
     name = "hopper-emulator"
+    interprets = True
 
     def __init__(self):
         self.cuda = _Cuda(self)
@@ -65,6 +66,13 @@ class Emulator:
         """Return the one that kernels use."""
         return {"int_as_float": lambda word: np.int32(signed(word)).view(np.float32)}
 
+<<<<<<< HEAD
+=======
+    def table(self, kind, real):
+        """Hand on a table of the host."""
+        return lambda table, *words: table
+
+>>>>>>> 918f17c (Add softcap, ALiBi, sinks, bias, masks, dropout and score_mod to the Hopper kernel)
     def asm(self, op):
         """Return what interprets inline PTX."""
         return compiled(op, self)
@@ -93,9 +101,15 @@ class Emulator:
 
 @functools.cache
 def kernel_for(config):
-    """Return a toolchain and the kernel it made, as `compiler.build` makes it."""
+    """Return a toolchain and the kernel it made."""
     tools = Emulator()
-    return tools, unroll(hopper.make(tools, config), tools.types.uint64)
+    return tools, made_for(tools, config)
+
+
+def made_for(tools, config):
+    """Return the kernel that a toolchain makes, as `compiler.build` does."""
+    arity = len(hopper.parameters(config))
+    return unroll(hopper.make(tools, config), tools.types.uint64, arity)
 
 
 def small(config):
@@ -104,20 +118,25 @@ def small(config):
     return config._replace(warpgroups=min(config.warpgroups, 2), block_k=32, split_keys=split_keys)
 
 
-def forward(problem, *, tile=small, made=kernel_for, seed=None):
+def forward(problem, *, tile=small, made=kernel_for, schedule=None):
     """Compute a problem that the Hopper kernel takes."""
     held = {name: np.array(getattr(problem, name), order="C") for name in ("q", "k", "v")}
-    problem = replace(problem, **held, out=np.empty(problem.out_shape, problem.out_dtype))
-    refused = [f"no {name}" for name in _REFUSED if getattr(problem, name) is not None]
-    if problem.out.size == 0 and not refused:
+    others = {
+        name: compact(array)
+        for name in ("mask", "bias", "alibi_slopes", "sinks")
+        if (array := getattr(problem, name)) is not None
+    }
+    out = np.empty(problem.out_shape, problem.out_dtype)
+    problem = replace(problem, **held, **others, out=out)
+    if problem.out.size == 0 and problem.block_mask is None:
         return Result(problem.out, np.empty(problem.lse_shape, np.float32))
-    if reasons := refused + tensor_cores.unsupported(problem):
+    if reasons := tensor_cores.unsupported(problem):
         raise NotImplementedError("; ".join(reasons))
     config = tile(tensor_cores.config_of(problem))
     launch = tensor_cores.launch_of(problem, config, MULTIPROCESSORS)
     if launch.splits > 1 and config.out_storage != "float32":
         return forward(
-            problem, tile=lambda _: config._replace(out_storage="float32"), made=made, seed=seed
+            problem, tile=lambda _: config._replace(out_storage="float32"), made=made, schedule=schedule
         )
     # Partial results lie one split after the other.
     splits = (launch.splits,) if launch.splits > 1 else ()
@@ -125,15 +144,15 @@ def forward(problem, *, tile=small, made=kernel_for, seed=None):
     lse = np.empty((*splits, *problem.lse_shape), np.float32)
     for array in (out, lse):
         array.view(np.uint8).fill(0xFF)
-    if seed is None:  # another one for each call, and the same in each run
-        seed = zlib.crc32(held["q"].tobytes() + held["k"].tobytes())
-    _launch(problem, held, out, lse, launch, made, seed)
+    if schedule is None:  # another one for each call, and the same in each run
+        schedule = zlib.crc32(held["q"].tobytes() + held["k"].tobytes())
+    _launch(problem, held, out, lse, launch, made, schedule)
     if splits:
         out, lse = merge(*zip(out, lse, strict=True))
     return Result(out.astype(problem.out_dtype), lse if problem.return_lse else None)
 
 
-def _launch(problem, held, out, lse, launch, made, seed):
+def _launch(problem, held, out, lse, launch, made, schedule):
     """Run the kernel on arrays that are registered with the emulator, and nothing beside them."""
     memory = Global()
     # Maps lie in memory of their own on a GPU; here any address will do.
@@ -142,26 +161,35 @@ def _launch(problem, held, out, lse, launch, made, seed):
         address = memory.add(f"operand {index}", array)
         shape = (hopper.PANEL, box.rows, box.heads, 1)
         memory.add_map(128 * (index + 1), address, box.sizes, box.strides, shape)
-    asked = problem.return_lse or launch.splits > 1
-    arguments = launch.arguments(
-        128,
-        memory.add("out", out),
-        memory.add("lse", lse) if asked else 0,
-        memory.add("items", tensor_cores.item_table(problem, launch)),
-        memory.add("order", launch.order),
-    )
+    addresses = {"out": memory.add("out", out)}
+    if problem.return_lse or launch.splits > 1:
+        addresses["lse"] = memory.add("lse", lse)
+    for name, array in hopper_operands.operands_of(problem).items():
+        if array is not None:
+            addresses[name] = memory.add(name, flat_of(array))
+    tables = {
+        "items": tensor_cores.item_table(problem, launch),
+        "order": launch.order,
+        "places": hopper_operands.place_table(problem),
+    }
+    tables = tuple(memory.add(*table) for table in tables.items())
     tools, kernel = made(launch.config)
+    arguments = launch.arguments(128, addresses, tables)
     typed = [
         getattr(tools.types, kind)(value)
         for kind, value in zip(hopper.PARAMETERS, arguments, strict=True)
     ]
-    tools.launch(kernel, launch.grid, launch.config, memory, typed, seed)
+    functions = launch.config.features.functions
+    if functions is not None:
+        typed += [user.kind_table(None), user.word_table(functions, None)]
+        typed += user.host_tables(functions, np.dtype(np.float32))
+    tools.launch(kernel, launch.grid, launch.config, memory, typed, schedule)
 
 
-def attention(q, k, v, *, out=None, tile=small, made=kernel_for, seed=None, **options):
+def attention(q, k, v, *, out=None, tile=small, made=kernel_for, schedule=None, **options):
     """`fusedattn.attention` by the Hopper kernel in the emulator."""
     problem = make_problem(q, k, v, out=out, **options)
-    result = forward(problem, tile=tile, made=made, seed=seed)
+    result = forward(problem, tile=tile, made=made, schedule=schedule)
     if problem.out is not None:
         problem.out[...] = result.out
     written = problem.restore(result.out) if out is None else out
