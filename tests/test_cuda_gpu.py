@@ -6,12 +6,12 @@ from functools import partial
 import numpy as np
 import pytest
 from cpu_backend import assert_same_bits, normal
+from cuda_promises import EXACT, HOPPER, PORTABLE
 from hypothesis import settings
 
 import fusedattn
 from fusedattn import make_block_mask
 from fusedattn.cuda import backend, compiler, driver
-from fusedattn.testing import EVERYTHING
 from fusedattn.testing.suite import make_suite
 
 MISSING = compiler.missing() or list(driver.missing())
@@ -23,13 +23,6 @@ pytestmark = [
 ]
 
 EXAMPLES = settings().max_examples // 7
-PORTABLE = EVERYTHING - {"full_range"}
-FEATURES = {"mask", "bias", "alibi_slopes", "softcap", "sinks", "dropout_p", "seed"}
-FEATURES |= {"score_mod", "score_mod_aux", "block_mask"}
-# The matrix unit multiplies 0 by a NaN that another row sees, and takes weights in a half type.
-HOPPER = (PORTABLE - FEATURES - {"hidden_nan"}) | {"half_weights"}
-# The exact kernel splits its weights and rounds them to no half type.
-EXACT = HOPPER - {"half_weights"}
 
 
 def on_gpu(q, k, v, **keywords):
@@ -158,8 +151,9 @@ def test_explain_names_the_kernel():
     text = str(fusedattn.explain(q, q, q, backend="cuda"))
     hopper = driver.device(0).capability == (9, 0)
     assert ("Hopper kernel, sm_90a" if hopper else "portable kernel") in text
-    assert "softcap is not implemented" in str(
-        fusedattn.explain(q, q, q, softcap=1.0, backend="cuda")
+    whole = make_block_mask(lambda b, h, q, k: q >= k, None, None, 2048, 2048)
+    assert "block_mask is not implemented" in str(
+        fusedattn.explain(q, q, q, block_mask=whole, backend="cuda")
     )
     q = q.astype(np.float32)
     text = str(fusedattn.explain(q, q, q, backend="cuda"))

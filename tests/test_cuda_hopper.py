@@ -5,18 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from cpu_backend import assert_same_bits
+from cuda_promises import HOPPER
 from hopper_emulator import run
 from hypothesis import settings
 
 import fusedattn
 from fusedattn.cuda import tensor_cores
-from fusedattn.testing import EVERYTHING
 from fusedattn.testing.suite import make_suite
 
-FEATURES = {"mask", "bias", "alibi_slopes", "softcap", "sinks", "dropout_p", "seed"}
-OTHERS = {"full_range", "score_mod", "score_mod_aux", "block_mask", "hidden_nan"}
-# What TestHopper in test_cuda_gpu.py promises of the kernel on a GPU.
-PROMISES = (EVERYTHING - OTHERS - FEATURES) | {"half_weights"}
 EXAMPLES = max(1, settings().max_examples // 60)
 
 
@@ -31,7 +27,7 @@ def small(problem):
 
 TestHopper = make_suite(
     run.attention,
-    supports=PROMISES,
+    supports=HOPPER,
     dtypes=("bfloat16", "float16"),
     bitwise=True,
     domain=small,

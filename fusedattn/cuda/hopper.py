@@ -158,6 +158,7 @@ def make(tools: Any, config: Config) -> Any:
     PACKED, SPLIT, SPLIT_KEYS = config.packed, config.split_keys > 0, config.split_keys
     features = config.features
     TOUCHED = features.natural or features.hides
+    FEATURED = features != PLAIN
     HIDES, SINKS, DROPOUT = features.hides, features.sinks is not None, features.dropout
     sink_of, begin_rows, touch, hide, weigh, drop, finish = hopper_scores.make(tools, config)
     tell_seen, clear_unseen = hopper_values.make(tools, config)
@@ -461,8 +462,10 @@ def make(tools: Any, config: Config) -> Any:
                 # From products to weights, those of the tile of keys at hand.
                 nonlocal column
                 cut = key < all_lo or int32(key + KEYS) > all_hi
-                first_column(column)
+                if FEATURED:
+                    first_column(column)
                 if cut:
+                    first_column(column)
                     bounds(query, note, low, high)
                 if HIDES:
                     if cut:
@@ -509,8 +512,9 @@ def make(tools: Any, config: Config) -> Any:
                 )  # fmt: skip
                 all_lo, all_hi = int32(lo), int32(hi)
                 my_queries(row_lo, told(int32(note + 8)))
-                item_batch = told(int32(note + 4))
-                first_column(column)
+                if FEATURED:
+                    item_batch = told(int32(note + 4))
+                    first_column(column)
                 begin_rows(
                     query, query_head, column, item_batch, told(int32(note + 8)),
                     told(int32(note + 12)), told(int32(note + 24)), seqlen_q,

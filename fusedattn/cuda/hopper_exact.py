@@ -28,7 +28,8 @@ from typing import Any, NamedTuple
 
 from fusedattn import masks
 from fusedattn.cuda import ptx
-from fusedattn.cuda.hopper import LARGE, LN_2, PANEL, ROW_BYTES, TURN_BYTES, WARPGROUP
+from fusedattn.cuda.hopper import PANEL, ROW_BYTES, TURN_BYTES, WARPGROUP
+from fusedattn.cuda.hopper_scores import LARGE, LN_2
 from fusedattn.cuda.unroll import inlined, unrolled
 
 PARTS = 3

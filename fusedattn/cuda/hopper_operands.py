@@ -76,8 +76,9 @@ def place_table(problem: AttentionProblem) -> NDArray[np.int64]:
     for name, array in operands_of(problem).items():
         if array is not None:
             inner = 3 if name in ("mask", "bias") else 1
+            steps = array.strides[:-inner] or (0,) * len(problem.batch_shape)
             offsets = np.zeros(1, np.int64)
-            for n, step in zip(problem.batch_shape, array.strides[:-inner], strict=True):
+            for n, step in zip(problem.batch_shape, steps, strict=True):
                 offsets = (offsets[:, None] + np.arange(n, dtype=np.int64) * step).ravel()
             table[:, PLACES.index(name)] = offsets
     table[:, PLACES.index("q_offset")] = problem.q_offset
