@@ -18,7 +18,8 @@ merges them.
 
 # "not a == b" is true of NaN with every compiler; "a != b" is not.
 # A piece assigns to its parameters, which are variables of the caller.
-# ruff: noqa: SIM201, F841
+# What is read of an operand stands under a condition of its own, a constant of the kernel.
+# ruff: noqa: F841, SIM102
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ and nobody looks at what comes of it.
 
 # "not a == b" is true of NaN with every compiler; "a != b" is not. What is read of two operands
 # stands under a condition of its own, which is a constant of the kernel.
-# ruff: noqa: SIM201, SIM102
+# A piece assigns to its parameters, which are variables of the caller.
+# ruff: noqa: SIM201, SIM102, F841
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 
 from __future__ import annotations
@@ -95,8 +96,9 @@ def make(tools: Any, config: Any) -> Pieces:
         kind is not None for kind in (features.slopes, features.sinks, features.bias)
     )
     BIAS_PAIRS, MASK_PAIRS = features.bias_pairs, features.mask_pairs
-    modify, SCORE_MOD = None, False
-    HIDES, DROPOUT = features.hides, features.dropout
+    modify: Any = None
+    SCORE_MOD = False
+    FEATURED, DROPOUT = features != PLAIN, features.dropout
     if features.functions is not None:
         modify = user.device_functions(tools, features.functions, float32).modify
         SCORE_MOD = modify is not None
@@ -118,7 +120,6 @@ def make(tools: Any, config: Any) -> Pieces:
     half = features.bias if BIAS_PAIRS and features.bias else "float16"
     lower, upper = asm(ptx.LOWER[half]), asm(ptx.UPPER[half])
     kept_by_philox, swap_words = asm(ptx.kept_by_philox()), asm(ptx.swap_words(1))
-    BIAS_BYTES = {None: 0, "float64": 8, "float32": 4}.get(features.bias, 2)
 
     @inlined
     def sink_of(sink, batch, head, sinks, places, sinks_head):
@@ -133,12 +134,14 @@ def make(tools: Any, config: Any) -> Pieces:
         mask_head, mask_row, bias_head, bias_row, slopes_head, sinks_head,
     ):  # fmt: skip
         # What my rows begin with, and where their operands lie.
-        place = places + int64(batch) * int64(PLACE_BYTES)
+        if FEATURED:
+            place = places + int64(batch) * int64(PLACE_BYTES)
         for h in unrolled(2):
             row_max[h], row_sum[h] = float32(NO_KEY), float32(0)
-            row, its_head = query[h], query_head[h]
-            if row >= seqlen_q:
-                row, its_head = int32(0), head
+            if FEATURED:
+                row, its_head = query[h], query_head[h]
+                if row >= seqlen_q:
+                    row, its_head = int32(0), head
             if MASK:
                 mask_at[h] = mask + load_place(place)
                 mask_at[h] += int64(its_head) * mask_head + int64(row) * mask_row

@@ -7,7 +7,7 @@ of a row have a word each.
 """
 
 # "not a == b" is true of NaN with every compiler; "a != b" is not.
-# ruff: noqa: SIM201, PLR5501
+# ruff: noqa: SIM201
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ class Argument(NamedTuple):
 
 def slots_of(arguments: Iterable[Argument], addresses: Mapping[str, int]) -> tuple[int, ...]:
     """Return what the parameters hold."""
-    tools, slots = compiler.toolchain(), []
+    tools = compiler.toolchain()
+    slots: list[int] = []
     for name, low, length, itemsize, bare in arguments:
         address = addresses.get(name, 0) + low
         slots += [address] if bare else tools.array_words(address, length, itemsize)

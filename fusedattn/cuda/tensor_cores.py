@@ -239,7 +239,10 @@ def launch_of(problem: AttentionProblem, config: hopper.Config, multiprocessors:
     numbers = (
         *(head, row, problem.batch_size * problem.num_heads * problem.seqlen_q),
         *(problem.num_heads, problem.group_size, problem.seqlen_q, problem.head_dim_v, together),
-        *(order.shape[0] * order.shape[1], hopper_operands.exponent_factor(problem, config.features)),
+        *(
+            order.shape[0] * order.shape[1],
+            hopper_operands.exponent_factor(problem, config.features),
+        ),
     )
     operands = hopper_operands.numbers_of(problem)
     return Launch(config, order, splits, problem.num_heads * head, numbers, operands)

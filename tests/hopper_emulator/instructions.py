@@ -190,14 +190,14 @@ def _max_or_nan(_, a, b):
     return a if a >= b or a != a else b
 
 
-<<<<<<< HEAD
 @instruction("cvt.rz.bf16x2.f32")
 def _truncate_bfloat16(_, upper, lower):
     low, high = struct.unpack("<2I", struct.pack("<2f", lower, upper))
     low = low >> 16 if lower == lower else 0x7FFF
     high = high >> 16 if upper == upper else 0x7FFF
     return signed(low | high << 16)
-=======
+
+
 @instruction("rcp.approx.ftz.f32")
 def _reciprocal(_, x):
     return flushed(float32(1) / x)
@@ -221,7 +221,6 @@ def _from_bfloat16(_, bits):
 @instruction("cvt.rn.f32.f64")
 def _from_float64(_, x):
     return float32(x)
->>>>>>> 918f17c (Add softcap, ALiBi, sinks, bias, masks, dropout and score_mod to the Hopper kernel)
 
 
 @instruction("cvt.rn.bf16x2.f32")

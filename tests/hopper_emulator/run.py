@@ -66,13 +66,10 @@ class Emulator:
         """Return the one that kernels use."""
         return {"int_as_float": lambda word: np.int32(signed(word)).view(np.float32)}
 
-<<<<<<< HEAD
-=======
     def table(self, kind, real):
         """Hand on a table of the host."""
         return lambda table, *words: table
 
->>>>>>> 918f17c (Add softcap, ALiBi, sinks, bias, masks, dropout and score_mod to the Hopper kernel)
     def asm(self, op):
         """Return what interprets inline PTX."""
         return compiled(op, self)
@@ -136,7 +133,10 @@ def forward(problem, *, tile=small, made=kernel_for, schedule=None):
     launch = tensor_cores.launch_of(problem, config, MULTIPROCESSORS)
     if launch.splits > 1 and config.out_storage != "float32":
         return forward(
-            problem, tile=lambda _: config._replace(out_storage="float32"), made=made, schedule=schedule
+            problem,
+            tile=lambda _: config._replace(out_storage="float32"),
+            made=made,
+            schedule=schedule,
         )
     # Partial results lie one split after the other.
     splits = (launch.splits,) if launch.splits > 1 else ()
