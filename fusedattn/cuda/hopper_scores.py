@@ -110,7 +110,7 @@ def make(tools: Any, config: Any) -> Pieces:
     exp2, log2, fma, maximum = asm(ptx.EXP2), asm(ptx.LOG2), asm(ptx.FMA), asm(ptx.MAX)
     reciprocal, copy_sign = asm(ptx.RECIPROCAL), asm(ptx.COPY_SIGN)
     swap_1, swap_2 = asm(ptx.SWAP_1), asm(ptx.SWAP_2)
-    load_place = asm(ptx.LOAD_LONG)
+    unknown, load_place = asm(ptx.UNKNOWN_LONG), asm(ptx.LOAD_LONG)
     load_sink = asm(ptx.LOAD_ELEMENT[features.sinks or "float32"])
     load_slope = asm(ptx.LOAD_ELEMENT[features.slopes or "float32"])
     load_bias = asm(ptx.LOAD_ELEMENT[features.bias or "float32"])
@@ -209,6 +209,10 @@ def make(tools: Any, config: Any) -> Pieces:
     ):  # fmt: skip
         # Where rows do not see all keys of the tile, `careful` looks before it reads: a key that is
         # not to be read is replaced by one that is, and hidden afterwards.
+        if BIAS:
+            bias_step = unknown(bias_last)
+        if MASK:
+            mask_step = unknown(mask_last)
         for pair in unrolled(SCORES // 2):
             for j in unrolled(2):
                 near[j] = int32(key + column + (pair // 2 * 8 + j))
@@ -216,9 +220,9 @@ def make(tools: Any, config: Any) -> Pieces:
                     last_key = int32(max(int32(high[pair % 2] - 1), int32(0)))
                     near[j] = int32(min(max(near[j], low[pair % 2]), last_key))
             if BIAS:
-                read_bias(biases, near, bias_at[pair % 2], bias_last, careful)
+                read_bias(biases, near, bias_at[pair % 2], bias_step, careful)
             if MASK:
-                read_mask(marks, near, mask_at[pair % 2], mask_last, careful)
+                read_mask(marks, near, mask_at[pair % 2], mask_step, careful)
             for j in unrolled(2):
                 if NATURAL:
                     scores[2 * pair + j] *= scale

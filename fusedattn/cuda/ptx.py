@@ -76,6 +76,7 @@ FIRST_LANE = Op("shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;", "r", "r")
 # The same value, of which compilers know nothing: what follows from it is not computed ahead of a
 # loop, where it would take registers.
 UNKNOWN = Op("mov.b32 $0, $1;", "r", "r")
+UNKNOWN_LONG = Op("mov.b64 $0, $1;", "l", "l")
 # The value of the lane whose number differs in one bit.
 SWAP_1 = Op("shfl.sync.bfly.b32 $0, $1, 1, 0x1f, 0xffffffff;", "f", "f")
 SWAP_2 = Op("shfl.sync.bfly.b32 $0, $1, 2, 0x1f, 0xffffffff;", "f", "f")
