@@ -64,6 +64,27 @@ def test_other_hopper_kernels_keep_everything_in_registers(compiler):
         assert report == {"stack": 0, "spills": 0, "registers": 168, "warnings": []}
 
 
+def assert_in_registers(report):
+    assert (report["stack"], report["spills"], report["warnings"]) == (0, 0, [])
+
+
+@pytest.mark.parametrize("feature", ["bias-pairs"])
+def test_hopper_kernels_with_a_feature_keep_everything_in_registers(feature):
+    name = f"hopper-128-128-{feature}"
+    assert_in_registers(compiled("numba-cuda-mlir", "sm_90a", name)[name])
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128)])
+@pytest.mark.parametrize(
+    "feature",
+    ["softcap", "alibi", "sinks", "bias", "bias-pairs", "mask", "mask-pairs", "score-mod"],
+)
+def test_hopper_kernels_with_other_features_keep_everything_in_registers(dims, feature):
+    name = f"hopper-{dims[0]}-{dims[1]}-{feature}"
+    assert_in_registers(compiled("numba-cuda-mlir", "sm_90a", name)[name])
+
+
 @pytest.mark.deep
 @each_compiler
 def test_kernels_for_few_queries_keep_everything_in_registers(compiler):

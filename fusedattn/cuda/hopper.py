@@ -107,8 +107,9 @@ PARAMETERS = (
     *(*("int64",) * 13, *("int32",) * 3, *("float32",) * 4),
 )
 FORMATS = "q" * 10 + "i" * 6 + "f" + "q" * 13 + "i" * 3 + "f" * 4
-# What an item of the batch has in the table: four int32 and the offset of its out, as an int64.
-ITEM_BYTES = 24
+# What an item of the batch has in the table: four int32, the offset of its out, as an int64, its
+# q_offset, and room.
+ITEM_BYTES = 32
 # What the order of the tiles says of one: batch item, first head, first row, split; see `schedule`.
 TURN_BYTES = 16
 # A note of a tile tells the warpgroups that compute what it is; there is room for so many.
@@ -520,6 +521,7 @@ def make(tools: Any, config: Config) -> Any:
                     query, query_head, column, item_batch, told(int32(note + 8)),
                     told(int32(note + 12)), told(int32(note + 24)), seqlen_q,
                     row_max, row_sum, slope, position, mask_at, bias_at,
+                    items + int64(item_batch) * int64(ITEM_BYTES),
                     mask, bias, slopes, sinks, places,
                     mask_head, mask_row, bias_head, bias_row, slopes_head, sinks_head,
                 )  # fmt: skip

@@ -81,7 +81,6 @@ def place_table(problem: AttentionProblem) -> NDArray[np.int64]:
             for n, step in zip(problem.batch_shape, steps, strict=True):
                 offsets = (offsets[:, None] + np.arange(n, dtype=np.int64) * step).ravel()
             table[:, PLACES.index(name)] = offsets
-    table[:, PLACES.index("q_offset")] = problem.q_offset
     return table
 
 

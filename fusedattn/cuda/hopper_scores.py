@@ -39,9 +39,8 @@ TANH = (
     0.020091990008950233,
     -0.005138678476214409,
 )
-# What an item of the batch has in the table of places, int64: offsets in bytes of its mask, bias,
-# slopes and sinks, and its q_offset.
-PLACES = ("mask", "bias", "slopes", "sinks", "q_offset")
+# What an item of the batch has in the table of places: offsets of its operands in bytes, int64.
+PLACES = ("mask", "bias", "slopes", "sinks")
 PLACE_BYTES = 8 * len(PLACES)
 
 
@@ -111,6 +110,7 @@ def make(tools: Any, config: Any) -> Pieces:
     reciprocal, copy_sign = asm(ptx.RECIPROCAL), asm(ptx.COPY_SIGN)
     swap_1, swap_2 = asm(ptx.SWAP_1), asm(ptx.SWAP_2)
     unknown, load_place = asm(ptx.UNKNOWN_LONG), asm(ptx.LOAD_LONG)
+    load_offset = asm(ptx.LOAD_INT)
     load_sink = asm(ptx.LOAD_ELEMENT[features.sinks or "float32"])
     load_slope = asm(ptx.LOAD_ELEMENT[features.slopes or "float32"])
     load_bias = asm(ptx.LOAD_ELEMENT[features.bias or "float32"])
@@ -129,7 +129,7 @@ def make(tools: Any, config: Any) -> Pieces:
     @inlined
     def begin_rows(
         query, query_head, column, batch, head, split, used_q, seqlen_q,
-        row_max, row_sum, slope, position, mask_at, bias_at,
+        row_max, row_sum, slope, position, mask_at, bias_at, item,
         mask, bias, slopes, sinks, places,
         mask_head, mask_row, bias_head, bias_row, slopes_head, sinks_head,
     ):  # fmt: skip
@@ -152,7 +152,7 @@ def make(tools: Any, config: Any) -> Pieces:
                 slope[h] = -load_slope(
                     slopes + load_place(place + int64(16)) + int64(its_head) * slopes_head
                 )
-                position[h] = int32(row + int32(load_place(place + int64(32))) - column)
+                position[h] = int32(row + load_offset(item + int64(24)) - column)
             if SINKS:
                 # A key without a value; one thread of the row counts it, in one split.
                 if split == 0 and query[h] < used_q:

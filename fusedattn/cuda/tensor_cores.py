@@ -34,9 +34,9 @@ _SHORT_TILES = {(64, 64): (2, 128, 4)}
 # registers.
 _FEATURED_TILES = {**_TILES, (64, 64): (2, 128, 4)}
 _HIDING_TILES = {
-    (64, 64): (2, 128, 4),
-    (128, 128): (2, 96, 2),
-    (192, 128): (2, 96, 2),
+    (64, 64): (2, 64, 4),
+    (128, 128): (2, 64, 3),
+    (192, 128): (2, 64, 2),
     (256, 256): (2, 64, 2),
 }
 # The same for few queries, where bytes under way count and nothing else.
@@ -67,7 +67,7 @@ def config_of(problem: AttentionProblem) -> hopper.Config:
     if problem.seqlen_q > SPLIT_QUERIES:
         tiles = tiles_for(features)
         cut = problem.causal or problem.window_size != (None, None)
-        if cut and problem.seqlen_k <= _SHORT:
+        if cut and problem.seqlen_k <= _SHORT and not features.hides:
             tiles = tiles | _SHORT_TILES
         config = hopper.Config(storage, out_storage, *dims, *tiles[dims], features=features)
         return config._replace(packed=unit_heads(problem, config.block_q) > 1)
@@ -278,7 +278,7 @@ class Prepared:
     def tables(self, lengths: Lengths) -> dict[str, Array]:
         """Return what `run` is to be given in host memory for a call with other lengths."""
         table = self._table.copy()
-        table[:, :16] = bounds_of(self._problem, lengths).view(np.uint8)
+        _enter(table, self._problem, lengths)
         return {"items": table}
 
     def run(
@@ -340,9 +340,15 @@ def item_table(problem: AttentionProblem, launch: Launch) -> Array:
         assert problem.out is not None
         offsets = offsets_of(problem, problem.out)
     table = np.zeros((problem.batch_size, hopper.ITEM_BYTES), np.uint8)
-    table[:, :16] = bounds_of(problem, lengths_of(problem)).view(np.uint8)
-    table[:, 16:] = offsets[:, None].view(np.uint8)
+    _enter(table, problem, lengths_of(problem))
+    table[:, 16:24] = offsets[:, None].view(np.uint8)
     return table
+
+
+def _enter(table: Array, problem: AttentionProblem, lengths: Lengths) -> None:
+    """Enter what depends on the lengths of a call."""
+    table[:, :16] = bounds_of(problem, lengths).view(np.uint8)
+    table[:, 24:28] = np.asarray(lengths.q_offset, np.int32)[:, None].view(np.uint8)
 
 
 def bounds_of(problem: AttentionProblem, lengths: Lengths) -> NDArray[np.int32]:
