@@ -60,6 +60,49 @@ def test_rows_and_keys_are_shared_out_right(rows, keys, group):
     assert_right(operands(rows, keys, heads=2, group=group), emulator={}, causal=True)
 
 
+def features(rows, keys, heads):
+    """Options by name, none of them a multiple of anything."""
+    random = np.random.default_rng(3)
+    mask = random.random((rows, keys)) < 0.6
+    mask[:, 30], mask[5] = False, False
+    bias = random.standard_normal((heads, rows, keys)).astype(np.float16)
+    bias[..., 40] = -np.inf
+    slopes, sinks = random.random((2, heads)).astype(np.float32)
+    alone = {
+        "softcap": {"softcap": 1.5},
+        "alibi": {"alibi_slopes": slopes},
+        "sinks": {"sinks": sinks},
+        "bias": {"bias": bias},
+        "bias of doubles": {"bias": bias.astype(np.float64)[0]},
+        "mask": {"mask": mask},
+        "dropout": {"dropout_p": 0.3, "seed": 2**63 + 5},
+        "score_mod": {"score_mod": lambda s, b, h, q, k: s * 0.5 + 0.01 * (q - k) * (h + 1)},
+    }
+    several = {
+        key: value
+        for name, one in alone.items()
+        if name not in ("bias of doubles", "score_mod")
+        for key, value in one.items()
+    }
+    return alone | {"several": several}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("mask", "several") else pytest.param(name, marks=pytest.mark.deep)
+        for name in features(6, 41, 1)
+    ],
+)
+@pytest.mark.parametrize("rows", [9, 70])
+def test_features_are_right_together_and_alone(name, rows):
+    q, k, v = operands(rows, 100, group=2)
+    if name == "mask":
+        v[:, 30] = np.nan  # no row sees it
+    options = features(rows, 100, 2)[name]
+    assert_right((q, k, v), emulator={}, causal=name == "several", **options)
+
+
 @pytest.mark.deep
 @pytest.mark.parametrize("dims", [(128, 128), (192, 128), (256, 256)])
 def test_all_tiles_of_a_gpu_are_right(dims):
