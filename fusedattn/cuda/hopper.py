@@ -462,7 +462,7 @@ def make(tools: Any, config: Config) -> Any:
 
             def look():
                 # From products to weights, those of the tile of keys at hand.
-                nonlocal column
+                column = int32(0)
                 cut = key < all_lo or int32(key + KEYS) > all_hi
                 if FEATURED:
                     first_column(column)
