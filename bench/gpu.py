@@ -153,7 +153,7 @@ def measure_decode(shape: tuple[int, ...], rounds: int, copy: float) -> dict[str
     *sizes, queries = shape
     _, k, v = tensors(tuple(sizes), torch.bfloat16)  # type: ignore[arg-type]
     q = torch.randn(sizes[0], sizes[1], queries, sizes[4], device="cuda", dtype=torch.bfloat16)
-    calls = contenders(q, k, v, False, {"flash2": SDPBackend.FLASH_ATTENTION})
+    calls = contenders(q, k, v, False, PEERS)
     rows = torch.arange(queries, device="cuda")
     reference = expected(q, k, v, False, rows)
     errors = {}
