@@ -16,7 +16,7 @@ from fusedattn import (
     make_block_mask,
     make_problem,
 )
-from fusedattn.cuda import compiler, driver, portable
+from fusedattn.cuda import backend, compiler, driver, portable
 from fusedattn.cuda.params import compact, span_of
 from fusedattn.cuda.unroll import inlined, unroll, unrolled
 
@@ -235,6 +235,21 @@ def test_a_copy_holds_broadcast_axes_once():
     copy = compact(array)
     assert copy.strides == (0, 8, 0)
     np.testing.assert_array_equal(copy, array)
+
+
+def test_without_memory_pools_the_hopper_kernel_takes_no_splits():
+    few, many = np.zeros((1, 2, 1, 64), np.float16), np.zeros((1, 2, 1000, 64), np.float16)
+    for pools, reasons in (
+        (True, []),
+        (False, ["the GPU has no memory pools for partial results"]),
+    ):
+        where = types.SimpleNamespace(capability=(9, 0), has_pools=pools)
+        split, whole = (
+            fusedattn.make_problem(few, many, many),
+            fusedattn.make_problem(few, few, few),
+        )
+        assert backend.not_tensor_cores(split, where) == reasons
+        assert backend.not_tensor_cores(whole, where) == []
 
 
 def test_an_array_in_host_memory_is_not_taken_for_one_on_a_gpu():

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fusedattn.cuda import compiler, driver, exact, portable, tensor_cores
+from fusedattn.cuda import combine, compiler, driver, exact, portable, tensor_cores
 from fusedattn.cuda.params import SPLIT_QUERIES, compact, span_of
 from fusedattn.cuda.toolchains import SIMULATOR
 from fusedattn.problem import AttentionProblem, Gradients, Result
@@ -140,7 +140,10 @@ def not_tensor_cores(problem: AttentionProblem, where: driver.Device) -> list[st
     if where.capability != (9, 0):
         return [f"compute capability {where.major}.{where.minor}, not 9.0"]
     if problem.dtype != np.float32:
-        return tensor_cores.unsupported(problem)
+        reasons = tensor_cores.unsupported(problem)
+        if combine.splits_of(problem) > 1 and not where.has_pools:
+            reasons.append("the GPU has no memory pools for partial results")
+        return reasons
     reasons = [
         f"{name} is not implemented in it"
         for name in ("score_mod", "block_mask")
