@@ -49,7 +49,7 @@ def assert_right(arrays, *, emulator, **options):
     np.testing.assert_allclose(lse, expected[1], atol=1e-5)
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", [pytest.param(False, marks=pytest.mark.deep), True])
 def test_the_tiles_of_a_gpu_are_right_as_well(causal):
     assert_right(operands(70, 300), causal=causal, emulator={"tile": lambda config: config})
 
@@ -94,7 +94,7 @@ def features(rows, keys, heads):
         for name in features(6, 41, 1)
     ],
 )
-@pytest.mark.parametrize("rows", [9, 70])
+@pytest.mark.parametrize("rows", [9, pytest.param(70, marks=pytest.mark.deep)])
 def test_features_are_right_together_and_alone(name, rows):
     q, k, v = operands(rows, 100, group=2)
     if name == "mask":

@@ -122,9 +122,15 @@ def near(batch, head, q_idx, k_idx, width):
 
 
 # Tiles have 4 rows and 8 keys; up to 16 rows, keys are split.
+OTHERS = [(3, (1, 1)), (3, (16, 40)), (17, (9, 20))]
+
+
 @pytest.mark.parametrize(
     ("rows", "block"),
-    [(3, (4, 8)), (3, (1, 1)), (3, (2, 3)), (3, (16, 40)), (17, (3, 5)), (17, (9, 20))],
+    [
+        *((3, (4, 8)), (3, (2, 3)), (17, (3, 5))),
+        *(pytest.param(*one, marks=pytest.mark.deep) for one in OTHERS),
+    ],
 )
 def test_a_block_mask_has_the_bits_of_its_dense_mask(rows, block):
     q, k, v = operands(rows, 21)
