@@ -104,7 +104,7 @@ def test_all_tiles_of_a_gpu_are_right(dims):
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize("seed", range(1, 40))
+@pytest.mark.parametrize("seed", range(1, 16))
 def test_who_comes_first_does_not_matter(seed):
     arrays = operands(140, 40)
     first = run_exact.attention(*arrays, causal=True, return_lse=True, seed=0)
