@@ -16,9 +16,10 @@ from fusedattn import (
     make_block_mask,
     make_problem,
 )
-from fusedattn.cuda import backend, compiler, driver, portable
+from fusedattn.cuda import backend, compiler, driver, portable, tensor_cores
 from fusedattn.cuda.params import compact, span_of
 from fusedattn.cuda.unroll import inlined, unroll, unrolled
+from fusedattn.problem import make_lengths
 
 Q = np.zeros((1, 2, 8, 8), np.float32)
 
@@ -235,6 +236,40 @@ def test_a_copy_holds_broadcast_axes_once():
     copy = compact(array)
     assert copy.strides == (0, 8, 0)
     np.testing.assert_array_equal(copy, array)
+
+
+@pytest.mark.parametrize("lengths", [None, 5])
+def test_the_hopper_kernel_copies_all_that_lies_in_host_memory(monkeypatch, lengths):
+    """Arrays of a score_mod, tables of lengths, or both."""
+    started = []
+    function = types.SimpleNamespace(launch=lambda *arguments: started.append(arguments))
+    where = types.SimpleNamespace(multiprocessors=4, function=lambda *arguments: function)
+    tools = types.SimpleNamespace(array_words=lambda address, length, size: (address,))
+    copied = {}
+
+    @contextlib.contextmanager
+    def copy(where, array, stream):
+        copied[len(copied) + 1000] = array
+        yield len(copied) + 999
+
+    monkeypatch.setattr(driver, "copied", copy)
+    monkeypatch.setattr(driver, "upload", lambda *_: types.SimpleNamespace(address=8))
+    monkeypatch.setattr(tensor_cores, "encode", lambda *_: bytes(128))
+    monkeypatch.setattr(compiler, "toolchain", lambda: tools)
+    q, table = np.zeros((1, 1, 40, 64), np.float16), np.ones(3, np.float32)
+    options = {"score_mod": lambda s, b, h, i, j, t: s + t[0], "score_mod_aux": (table,)}
+    problem = fusedattn.make_problem(q, q, q, out=np.empty_like(q), **options)
+    prepared = tensor_cores.Prepared(problem, where)
+    in_host = {"score_mod_aux_0": table}
+    if lengths is not None:
+        used = make_lengths(None, None, lengths, 40, 40, ((1,), 1))
+        in_host |= prepared.tables(used)
+    prepared.run(dict.fromkeys(("q", "k", "v", "out"), 16), 0, in_host)
+    assert len(started) == 1
+    assert [id(array) for array in copied.values()] == [id(array) for array in in_host.values()]
+    words = np.frombuffer(prepared._local.words._buffer, np.int64)
+    assert words[5] == (8 if lengths is None else 1001)  # the items
+    assert words[-1] == 1000  # the array of the score_mod
 
 
 def test_without_memory_pools_the_hopper_kernel_takes_no_splits():

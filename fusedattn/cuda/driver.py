@@ -12,7 +12,7 @@ import os
 import struct
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from numpy.typing import NDArray
@@ -268,6 +268,18 @@ def copied(where: Device, array: NDArray[Any], stream: int) -> Iterator[int]:
         if array.nbytes:  # from pageable memory the call returns when all of it is read
             check(api().cuMemcpyHtoDAsync(address, array.ctypes.data, array.nbytes, stream))
         yield address
+
+
+@contextlib.contextmanager
+def all_copied(
+    where: Device, arrays: Mapping[str, NDArray[Any]], stream: int
+) -> Iterator[dict[str, int]]:
+    """Lend copies of several arrays, by name."""
+    with contextlib.ExitStack() as stack:
+        yield {
+            name: stack.enter_context(copied(where, array, stream))
+            for name, array in arrays.items()
+        }
 
 
 def upload(where: Device, array: NDArray[Any], stream: int = 0) -> Memory:

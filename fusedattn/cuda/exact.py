@@ -161,8 +161,8 @@ class Prepared:
         Arrays `in_host` memory are copied first.
         """
         if in_host:
-            with driver.copied(self.where, in_host["items"], stream) as items:
-                self._start(addresses, items, stream)
+            with driver.all_copied(self.where, in_host, stream) as copies:
+                self._start(addresses, copies["items"], stream)
         else:
             self._start(addresses, self._items.address, stream)
 

@@ -224,8 +224,7 @@ class Prepared:
         """
         with contextlib.ExitStack() as stack:
             known = {**addresses, "words": self._words.address, "reals": self._reals.address}
-            for name, array in (in_host or {}).items():
-                known[name] = stack.enter_context(driver.copied(self.where, array, stream))
+            known |= stack.enter_context(driver.all_copied(self.where, in_host or {}, stream))
             if self._functions is not None:
                 known |= self._functions.addresses(known)
             if self._combine is None:

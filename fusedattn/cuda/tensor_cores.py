@@ -289,27 +289,26 @@ class Prepared:
         Arrays `in_host` memory are copied first.
         """
         if in_host:
-            with driver.copied(self.where, in_host["items"], stream) as items:
-                self._run(addresses, items, stream)
+            with driver.all_copied(self.where, in_host, stream) as copies:
+                self._run(addresses | copies, stream)
         else:
-            self._run(addresses, self._items.address, stream)
+            self._run(addresses, stream)
 
-    def _run(self, addresses: dict[str, int], items: int, stream: int) -> None:
+    def _run(self, addresses: dict[str, int], stream: int) -> None:
         key = addresses["q"], addresses["k"], addresses["v"]
         maps = self._maps.get(key) or self._make_maps(key)
         if self._combine is None:
-            self._start(maps, addresses, items, stream)
+            self._start(maps, addresses, stream)
             return
         outputs, lse = self._combine.sizes
         with driver.scratch(self.where, outputs + lse, stream) as scratch:
             parts = {**addresses, "out": scratch, "lse": scratch + outputs}
-            self._start(maps, parts, items, stream)
+            self._start(maps, parts, stream)
             self._combine.run(scratch, addresses, stream)
 
-    def _start(
-        self, maps: driver.Memory, addresses: Mapping[str, int], items: int, stream: int
-    ) -> None:
+    def _start(self, maps: driver.Memory, addresses: Mapping[str, int], stream: int) -> None:
         launch, functions = self._launch, self._functions
+        items = addresses.get("items", self._items.address)
         tables = (items, self._order.address, self._places.address)
         values = launch.arguments(maps.address, addresses, tables)
         if functions is not None:
