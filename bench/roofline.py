@@ -18,7 +18,7 @@ import numpy as np
 from llvmlite import ir
 
 from bench.cases import Case
-from fusedattn.cpu.compile import host_machine
+from fusedattn.cpu.compile import compile_module, host_machine, load
 from fusedattn.cpu.simd import DOUBLE, I64, Emitter, define
 from fusedattn.cpu.tile import host_isa
 
@@ -83,24 +83,16 @@ def compile_loops(machine: Any = None, *, assembly: bool = False) -> Any:
     module = ir.Module("roofline")
     define(module, "fma", "iff>f", _write_fma, 32, _width())
     define(module, "read", "ii>i", _write_read, 32, _width())
-    parsed = llvm.parse_assembly(str(module))
-    parsed.triple, parsed.data_layout = machine.triple, str(machine.target_data)
-    tuning = llvm.create_pipeline_tuning_options(speed_level=3)
-    tuning.loop_unrolling = tuning.loop_vectorization = tuning.slp_vectorization = False
-    passes = llvm.create_pass_builder(machine, tuning)
-    passes.getModulePassManager().run(parsed, passes)
-    return machine.emit_assembly(parsed) if assembly else machine.emit_object(parsed)
+    return compile_module(llvm.parse_assembly(str(module)), machine, assembly=assembly)
 
 
 @functools.cache
 def _loops() -> tuple[Any, Any, Any]:
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), host_machine())
-    engine.add_object_file(llvm.ObjectFileRef.from_data(compile_loops()))
-    engine.finalize_object()
+    loops = load(compile_loops(), ("fma", "read"))
     i, f = ctypes.c_int64, ctypes.c_double
-    fma = ctypes.CFUNCTYPE(f, i, f, f)(engine.get_function_address("fma"))
-    read = ctypes.CFUNCTYPE(i, i, i)(engine.get_function_address("read"))
-    return fma, read, engine  # which keeps the code in memory
+    fma = ctypes.CFUNCTYPE(f, i, f, f)(loops.addresses["fma"])
+    read = ctypes.CFUNCTYPE(i, i, i)(loops.addresses["read"])
+    return fma, read, loops  # which keeps the code in memory
 
 
 @functools.cache

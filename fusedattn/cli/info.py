@@ -59,7 +59,7 @@ def _threads() -> str:
 
 
 def _cache() -> dict[str, str]:
-    from fusedattn.cpu.cache import KernelCache
+    from fusedattn.cpu.cache import path_of
     from fusedattn.kernel_files import cache_dir
 
     folder = cache_dir()
@@ -69,7 +69,7 @@ def _cache() -> dict[str, str]:
     except OSError:
         sizes = []
     # The worker takes most of the time to compile; its file is named for source and versions.
-    warm = KernelCache("worker", before_compiling=lambda: None).path.is_file()
+    warm = path_of("worker", "").is_file()
     state = "warm" if warm else "cold: the first call compiles, which takes some seconds"
     access = "writable" if _writable(folder) else "not writable: every process compiles anew"
     return {

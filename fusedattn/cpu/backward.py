@@ -33,6 +33,7 @@ from fusedattn.cpu.backward_params import (
     SUM_OVER_ROWS,
     backward_at,
 )
+from fusedattn.cpu.kernel import kernel
 from fusedattn.cpu.lanes import kept_keys
 from fusedattn.cpu.memory import (
     add_atomic,
@@ -43,7 +44,6 @@ from fusedattn.cpu.memory import (
     get_i64,
     get_real,
     get_u8,
-    kernel,
     larger,
     set_real,
     set_release,

@@ -19,6 +19,7 @@ import numpy as np
 from fusedattn import masks
 from fusedattn.cpu.backward_params import EACH_ENTRY, backward_at
 from fusedattn.cpu.forward import pack
+from fusedattn.cpu.kernel import kernel
 from fusedattn.cpu.lanes import fill_lanes, kept_keys
 from fusedattn.cpu.memory import (
     clear,
@@ -27,7 +28,6 @@ from fusedattn.cpu.memory import (
     get_i32,
     get_i64,
     get_real,
-    kernel,
     larger,
     round_real,
     set_f64,

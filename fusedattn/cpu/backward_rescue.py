@@ -19,6 +19,7 @@ from fusedattn.cpu.backward_panel import (
     write_d_q,
 )
 from fusedattn.cpu.backward_params import backward_at
+from fusedattn.cpu.kernel import kernel
 from fusedattn.cpu.memory import (
     add_atomic,
     clear,
@@ -26,7 +27,6 @@ from fusedattn.cpu.memory import (
     get_i32,
     get_i64,
     get_u8,
-    kernel,
     larger,
     set_u8,
     smaller,

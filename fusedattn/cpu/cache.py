@@ -1,7 +1,6 @@
 """Compiled kernels on disk, so that only the first process of a machine waits for the compiler.
 
-Numba's own cache looks at the file of the function it compiles and would run stale code after a
-change to the emitters in another file. Here the key is what the machine code depends on: the source
+The key of a file is what the machine code depends on: the source
 of this package's kernels, the tile shape, the CPU and the versions of the compilers.
 The files are those of `fusedattn.kernel_files`.
 """
@@ -10,10 +9,8 @@ The files are those of `fusedattn.kernel_files`.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
-import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +49,8 @@ def _key(detail: object) -> str:
     return hashlib.sha256(_source_digest() + repr(parts).encode()).hexdigest()[:32]
 
 
-def _path(name: str, detail: object) -> Path:
+def path_of(name: str, detail: object) -> Path:
+    """Return the file of the code kept under a name and the details it depends on."""
     try:
         key = _key(detail)
     except OSError:  # the sources are not there to be read: nothing tells versions apart
@@ -62,33 +60,4 @@ def _path(name: str, detail: object) -> Path:
 
 def fetch(name: str, detail: object, make: Callable[[], bytes]) -> bytes:
     """Return the code kept under a name and the details it depends on, made if it is not there."""
-    return kernel_files.fetch(_path(name, detail), make)
-
-
-class KernelCache:
-    """The two methods that Numba calls on the cache of a function, for one entry point."""
-
-    def __init__(self, name: str, before_compiling: Callable[[], None]) -> None:
-        self.path = _path(name, "")
-        self.before_compiling = before_compiling
-
-    def load_overload(self, signature: Any, target_context: Any) -> Any:
-        """Return the compiled function, or None when it has to be compiled."""
-        del signature
-        from numba.core.compiler import CompileResult
-
-        payload = kernel_files.read(self.path)
-        # Whatever is wrong with a file, compiling again is right.
-        with contextlib.suppress(Exception):
-            if payload is not None:
-                target_context.refresh()
-                return CompileResult._rebuild(target_context, *pickle.loads(payload))
-        self.before_compiling()
-        return None
-
-    def save_overload(self, signature: Any, data: Any) -> None:
-        """Keep the compiled function."""
-        del signature
-        from numba.core import serialize
-
-        kernel_files.write(self.path, serialize.dumps(data._reduce()))
+    return kernel_files.fetch(path_of(name, detail), make)

@@ -1,4 +1,4 @@
-"""From emitters to native code: the worker through Numba, the micro-kernels through LLVM.
+"""From LLVM modules to native code: the worker, and the micro-kernels that it calls.
 
 The worker is one function for all dtypes; the micro-kernels of a tile shape are a module of their
 own, in groups. Both are compiled once per machine and kept on disk (`fusedattn.cpu.cache`).
@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, cast
 
 import llvmlite.binding as llvm
 from numba.core import config as _config
-from numba.core.ccallback import CFunc
 
-from fusedattn.cpu.cache import KernelCache, fetch
+from fusedattn.cpu.cache import fetch
 from fusedattn.cpu.forward import RESCUE_SIGNATURES, worker
 from fusedattn.cpu.half import link_half
-from fusedattn.cpu.memory import compile_kernels, numba_signature
+from fusedattn.cpu.kernel import Entry, emit_program
 from fusedattn.cpu.micro import BACKWARD_GROUPS, GROUPS, emit_module
 from fusedattn.cpu.tile import Tile
 from fusedattn.undisturbed import undisturbed
@@ -31,8 +30,8 @@ Worker = Callable[[int, int], int]
 _rescue: list[Any] = []
 
 
-class Micro(NamedTuple):
-    """Some micro-kernels: addresses by name, and what keeps them in memory."""
+class Loaded(NamedTuple):
+    """Some C functions: addresses by name, and what keeps them in memory."""
 
     addresses: dict[str, int]
     engine: Any
@@ -67,25 +66,33 @@ def link_half_once() -> Any:
     return None if has_it else link_half(machine)
 
 
-def _compile(name: str, function: Any, signature: str) -> Any:
-    """Compile one entry point through Numba, or load it; ``.address`` is where it lies."""
+def load(code: bytes, names: Iterable[str]) -> Loaded:
+    """Link object code into this process."""
     link_half_once()
-    kind = numba_signature(signature)
-    compiled: Any = CFunc(
-        function, (kind.args, kind.return_type), locals={}, options={"error_model": "numpy"}
-    )
-    compiled._cache = KernelCache(name, compile_kernels)
-    compiled.compile()
-    return compiled
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), host_machine())
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    return Loaded({name: engine.get_function_address(name) for name in names}, engine)
+
+
+def _program(name: str, *entries: Entry) -> Loaded:
+    """Compile a program, or load it."""
+
+    # More than the first level gains nothing for the macro loops, and takes a quarter of a second.
+    def make() -> bytes:
+        return bytes(compile_module(emit_program(entries), host_machine(), speed_level=1))
+
+    code = fetch(name, "", make)
+    return load(code, [entry.name for entry in entries])
 
 
 def _worker(name: str, function: Any) -> Worker:
     """Compile a function ``(parameters, working memory) -> status``, or load it."""
-    compiled = _compile(name, function, "ii>i")
+    program = _program(name, Entry(name, function, "ii>i"))
     # ctypes lets go of the GIL for the length of the call.
     prototype = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
-    native: Any = prototype(compiled.address)
-    native.compiled = compiled  # keeps the code in memory
+    native: Any = prototype(program.addresses[name])
+    native.program = program  # keeps the code in memory
     return cast(Worker, native)
 
 
@@ -116,12 +123,11 @@ def get_rescue() -> tuple[int, int]:
     """Return the addresses of `mark_visible` and `rescue`, compiled on first use."""
     from fusedattn.cpu import rescue
 
-    mark_visible, whole_rescue = (
-        _compile(name, getattr(rescue, name), signature)
-        for name, signature in RESCUE_SIGNATURES.items()
-    )
-    _rescue[:] = mark_visible, whole_rescue
-    return mark_visible.address, whole_rescue.address
+    entries = (Entry(n, getattr(rescue, n), kind) for n, kind in RESCUE_SIGNATURES.items())
+    program = _program("rescue", *entries)
+    _rescue.append(program)  # keeps the code in memory
+    mark_visible, whole = program.addresses.values()
+    return mark_visible, whole
 
 
 def known_rescue() -> tuple[int, int] | None:
@@ -130,17 +136,11 @@ def known_rescue() -> tuple[int, int] | None:
 
 
 @once
-def get_micro(tile: Tile, group: str) -> Micro:
+def get_micro(tile: Tile, group: str) -> Loaded:
     """Return a group of micro-kernels for a tile shape."""
-    link_half_once()
     name = f"{group}-{tile.storage}-{tile.out_storage}"
     code = fetch(name, tile, lambda: compile_micro(tile, group))
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), host_machine())
-    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
-    engine.finalize_object()
-    names = (GROUPS | BACKWARD_GROUPS)[group]
-    addresses = {name: engine.get_function_address(name) for name in names}
-    return Micro(addresses, engine)
+    return load(code, (GROUPS | BACKWARD_GROUPS)[group])
 
 
 def host_machine(
@@ -163,8 +163,15 @@ def compile_micro(tile: Tile, group: str, machine: Any = None, *, assembly: bool
     """Compile a group of micro-kernels to object code, or to assembly for reading."""
     machine = machine or host_machine()
     module = llvm.parse_assembly(str(emit_module(tile, group)))
+    return compile_module(module, machine, assembly=assembly)
+
+
+def compile_module(
+    module: Any, machine: Any, *, speed_level: int = 3, assembly: bool = False
+) -> Any:
+    """Optimise a module and compile it."""
     module.triple, module.data_layout = machine.triple, str(machine.target_data)
-    tuning = llvm.create_pipeline_tuning_options(speed_level=3)
+    tuning = llvm.create_pipeline_tuning_options(speed_level)
     tuning.loop_unrolling = tuning.loop_vectorization = tuning.slp_vectorization = False
     passes = llvm.create_pass_builder(machine, tuning)
     passes.getModulePassManager().run(module, passes)

@@ -18,6 +18,7 @@ Throughout, ``p`` is the parameter record and ``w`` the address of the thread's 
 from __future__ import annotations
 
 from fusedattn import masks
+from fusedattn.cpu.kernel import kernel
 from fusedattn.cpu.lanes import fill_lanes, kept_keys
 from fusedattn.cpu.matrix import accumulate_tile, keep_block, score_tile, split_block, split_panel
 from fusedattn.cpu.memory import (
@@ -26,7 +27,6 @@ from fusedattn.cpu.memory import (
     get_atomic,
     get_i64,
     get_real,
-    kernel,
     larger,
     set_real,
     smaller,

@@ -8,11 +8,11 @@
 from __future__ import annotations
 
 from fusedattn import masks
+from fusedattn.cpu.kernel import kernel
 from fusedattn.cpu.memory import (
     get_f64,
     get_i64,
     get_u8,
-    kernel,
     larger,
     set_i32,
     set_i64,

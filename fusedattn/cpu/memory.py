@@ -12,51 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numba
 from llvmlite import ir
 from numba import types
 
 from fusedattn.cpu.simd import DOUBLE, FLOAT, I1, I8, I32, I64, Emitter, Writer, inlined
 from fusedattn.cpu.tile import STORAGE_BYTES
-
-# Functions of the macro loops with their signatures, each after those that it calls.
-KERNELS: list[tuple[Any, Any]] = []
-
-
-def kernel(signature: str) -> Callable[[Any], Any]:
-    """Return a decorator that enters a function into the native code of the worker.
-
-    ``signature`` is as in `fusedattn.cpu.simd.define`, with ``b`` for bool and ``ii`` for a pair
-    behind the ``>``. It is compiled for this signature alone, when the worker is: Numba would make
-    a copy of it for each literal argument.
-    """
-
-    def decorate(function: Any) -> Any:
-        # No exceptions: a division by zero gives inf or NaN, as the arithmetic means it.
-        options: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-        dispatcher = numba.njit(error_model="numpy", **options)(function)
-        KERNELS.append((dispatcher, numba_signature(signature)))
-        return dispatcher
-
-    return decorate
-
-
-def numba_signature(signature: str) -> Any:
-    """Return the Numba signature of one in letters."""
-    kinds = {"i": types.int64, "f": types.float64, "b": types.boolean, "": types.void}
-    parameters, result = signature.split(">")
-    returned = kinds[result] if len(result) < 2 else types.UniTuple(types.int64, len(result))
-    return returned(*(kinds[letter] for letter in parameters))
-
-
-def compile_kernels() -> None:
-    """Compile the `kernel` functions seen so far, for their declared signatures and no others."""
-    while KERNELS:
-        dispatcher, signature = KERNELS[0]
-        dispatcher.compile(signature.args)
-        dispatcher.disable_compile()
-        del KERNELS[0]  # not before, or an interrupt would leave it half done
-
 
 STORAGE_CODE = {name: code for code, name in enumerate(STORAGE_BYTES)}
 

@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import math
 
+from fusedattn.cpu.kernel import kernel
 from fusedattn.cpu.memory import (
     get_f64,
     get_i32,
     get_i64,
     get_real,
-    kernel,
     set_i64,
     set_real,
     smaller,

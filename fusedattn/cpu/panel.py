@@ -9,6 +9,7 @@ parameter record and ``w`` the address of the thread's working memory.
 from __future__ import annotations
 
 from fusedattn import masks
+from fusedattn.cpu.kernel import kernel
 from fusedattn.cpu.matrix import (
     accumulate_tile,
     factors,
@@ -22,7 +23,6 @@ from fusedattn.cpu.memory import (
     copy_bytes,
     get_i64,
     get_u8,
-    kernel,
     set_u8,
 )
 from fusedattn.cpu.micro import SIGNATURES

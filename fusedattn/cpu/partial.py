@@ -10,7 +10,8 @@ memory, the maxima and sums of the lanes and the rows of output (see `fusedattn.
 
 from __future__ import annotations
 
-from fusedattn.cpu.memory import copy_bytes, get_real, kernel, set_real
+from fusedattn.cpu.kernel import kernel
+from fusedattn.cpu.memory import copy_bytes, get_real, set_real
 from fusedattn.cpu.params import params_at
 from fusedattn.cpu.tile import ROWS_TOGETHER
 

@@ -13,6 +13,7 @@ import math
 
 from fusedattn import masks, philox
 from fusedattn.cpu.forward import attend_chunks
+from fusedattn.cpu.kernel import kernel
 from fusedattn.cpu.lanes import fill_lanes, row_interval
 from fusedattn.cpu.memory import (
     get_atomic,
@@ -20,7 +21,6 @@ from fusedattn.cpu.memory import (
     get_i32,
     get_i64,
     get_u8,
-    kernel,
     read_storage,
     round_real,
     set_f64,

@@ -315,6 +315,27 @@ def inlined(signature: str, write: Writer) -> Any:
     return _intrinsic(signature, emit)
 
 
+def numba_signature(signature: str) -> Any:
+    """Return the Numba signature of one in letters; ``b`` is a bool, ``ii`` as result a pair."""
+    kinds = {"i": types.int64, "f": types.float64, "b": types.boolean, "": types.void}
+    parameters, result = signature.split(">")
+    returned = kinds[result] if len(result) < 2 else types.UniTuple(types.int64, len(result))
+    return returned(*(kinds[letter] for letter in parameters))
+
+
+def make_intrinsic(signature: Any, codegen: Callable[..., Any]) -> Any:
+    """Return a Numba intrinsic: ``codegen(context, builder, signature, values)`` emits it."""
+
+    def typing(*_: Any) -> Any:
+        return signature, codegen
+
+    # Numba takes the arity from the signature and folds a true *arguments into a tuple.
+    kind = inspect.Parameter.POSITIONAL_ONLY
+    names = ["typing_context", *(f"argument_{i}" for i in range(len(signature.args)))]
+    typing.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in names])  # type: ignore[attr-defined]
+    return intrinsic(typing)
+
+
 def _llvm_signature(signature: str) -> ir.FunctionType:
     parameters, result = signature.split(">")
     kinds = {"i": I64, "f": DOUBLE, "": ir.VoidType()}
@@ -322,18 +343,8 @@ def _llvm_signature(signature: str) -> ir.FunctionType:
 
 
 def _intrinsic(signature: str, emit: Callable[..., ir.Value | None]) -> Any:
-    parameters, result = signature.split(">")
-    kinds = {"i": types.int64, "f": types.float64, "": types.void}
+    def codegen(context: Any, builder: Any, _: Any, values: Any) -> Any:
+        value = emit(builder, *values)
+        return context.get_dummy_value() if value is None else value
 
-    def typing(*_: Any) -> Any:
-        def codegen(context: Any, builder: Any, _sig: Any, values: Any) -> Any:
-            value = emit(builder, *values)
-            return value if result else context.get_dummy_value()
-
-        return kinds[result](*(kinds[letter] for letter in parameters)), codegen
-
-    # Numba takes the arity from the signature and folds a true *arguments into a tuple.
-    kind = inspect.Parameter.POSITIONAL_ONLY
-    names = ["typing_context", *(f"argument_{i}" for i in range(len(parameters)))]
-    typing.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in names])  # type: ignore[attr-defined]
-    return intrinsic(typing)
+    return make_intrinsic(numba_signature(signature), codegen)

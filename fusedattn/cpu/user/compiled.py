@@ -7,11 +7,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import llvmlite.binding as llvm
-
 from fusedattn.block_mask import Predicate
 from fusedattn.cpu.cache import fetch
-from fusedattn.cpu.compile import host_machine, link_half_once
+from fusedattn.cpu.compile import host_machine, load
 from fusedattn.cpu.tile import Tile
 from fusedattn.functions import UserFunction, digest_of
 from fusedattn.undisturbed import undisturbed
@@ -91,16 +89,13 @@ def _make(name: str, detail: Any, build: Callable[[], Any]) -> Native:
     found = _compiled.get((name, detail))
     if found is not None:
         return found
-    link_half_once()
 
     def compile_it() -> bytes:
         return bytes(host_machine().emit_object(build()))
 
     code = fetch(name, digest_of(detail), compile_it)
-    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), host_machine())
-    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
-    engine.finalize_object()
+    loaded = load(code, [name])
     while len(_compiled) >= _CAPACITY:
         del _compiled[next(iter(_compiled))]
-    native = _compiled[(name, detail)] = Native(engine.get_function_address(name), engine)
+    native = _compiled[(name, detail)] = Native(loaded.addresses[name], loaded.engine)
     return native
