@@ -1,5 +1,6 @@
 """Products by the matrix unit keep every law, and what it cannot do does not show."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -22,7 +23,9 @@ needs_matrix_unit = pytest.mark.skipif(
 )
 TYPES = ("bfloat16", "float16", "float32")
 each_type = pytest.mark.parametrize("dtype", TYPES)
-attention = attention_on(tile.AMX)
+# By the matrix unit whatever the number of rows.
+ALWAYS = dataclasses.replace(tile.AMX, vector_rows=0)
+attention = attention_on(ALWAYS)
 without = attention_on(tile.AVX512)
 # Calls for each law: 6 in a default run.
 EXAMPLES = settings().max_examples // 9
@@ -316,4 +319,5 @@ def test_explain_names_the_matrix_unit():
     for dtype in TYPES:
         assert "AVX-512 and AMX" in text(100, dtype)
         assert "AMX" not in text(FEW_ROWS, dtype)
+        assert ("AMX" in text(tile.AMX.vector_rows, dtype)) == (dtype != "float32")
     assert "AMX" not in text(100, "float64")

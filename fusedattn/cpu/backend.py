@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
@@ -22,7 +23,7 @@ from fusedattn.cpu.forward import NEEDS_RESCUE
 from fusedattn.cpu.micro import GROUPS
 from fusedattn.cpu.scratch import working_memory
 from fusedattn.cpu.template import Bound, Template
-from fusedattn.cpu.tile import ROWS_PER_ITEM, host_isa, tile_for
+from fusedattn.cpu.tile import ROWS_PER_ITEM, host_isa, takes_matrix, tile_for
 from fusedattn.cpu.user.code import UserCode
 from fusedattn.problem import AttentionProblem, Gradients, Lengths, Result
 from fusedattn.undisturbed import undisturbed
@@ -172,13 +173,15 @@ CPU = Cpu()
 
 def warmup(dtypes: Iterable[str] = ("float32",)) -> None:
     """Compile (or load) the kernels of these storage types."""
-    for dtype in dtypes:
-        for rows in WARMUP_ROWS:
-            for few in {False, rows <= ROWS_PER_ITEM}:
-                tile = tile_for(dtype, dtype, rows, matrix=not few)
-                products = "rows" if few else "matrix" if tile.matrix else "panels"
-                for group in GROUPS:
-                    if group == products or group not in PRODUCTS:
-                        get_micro(tile, group)
+    for dtype, rows in itertools.product(dtypes, WARMUP_ROWS):
+        kinds = {(False, takes_matrix(dtype, rows)), (False, takes_matrix(dtype, 1))}
+        if rows <= ROWS_PER_ITEM:
+            kinds.add((True, False))
+        for few, matrix in kinds:
+            tile = tile_for(dtype, dtype, rows, matrix=matrix)
+            products = "rows" if few else "matrix" if tile.matrix else "panels"
+            for group in GROUPS:
+                if group == products or group not in PRODUCTS:
+                    get_micro(tile, group)
     get_worker()
     get_rescue()

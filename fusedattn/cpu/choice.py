@@ -5,7 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
-from fusedattn.cpu.tile import ROWS_PER_ITEM, Tile, tile_for
+from fusedattn.cpu.tile import ROWS_PER_ITEM, Tile, takes_matrix, tile_for
 from fusedattn.problem import AttentionProblem
 
 STORAGE_NAME = {
@@ -77,7 +77,7 @@ def tile_of(problem: AttentionProblem) -> Tile:
     if problem.block_mask is not None and not takes_few_rows(problem):
         block_rows = problem.block_mask.block[0]  # the rows of an item of few share one panel
     storage, out_storage = STORAGE_NAME[problem.dtype], STORAGE_NAME[problem.out_dtype]
-    matrix = not takes_few_rows(problem)
+    matrix = not takes_few_rows(problem) and takes_matrix(storage, problem.seqlen_q)
     return tile_for(storage, out_storage, rows, block_rows=block_rows, matrix=matrix)
 
 

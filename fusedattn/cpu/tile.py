@@ -50,6 +50,9 @@ class Isa:
     vector_bytes: int
     registers: int
     matrix: bool = False  # with a matrix unit for bfloat16
+    # Up to so many query rows per head do not earn back what it takes to copy keys and values of
+    # float32 in three parts; whatever the number of heads, as with FEW_ROWS.
+    vector_rows: int = 16
 
 
 AVX512 = Isa("AVX-512", 64, 32)
@@ -79,6 +82,11 @@ def host_isa() -> Isa:
     if {"avx2", "fma", "f16c"} <= enabled:
         return AVX2
     return SIMD128
+
+
+def takes_matrix(storage: str, seqlen_q: int) -> bool:
+    """Whether products of so many query rows per head are the matrix unit's, if there is one."""
+    return storage != "float32" or seqlen_q > host_isa().vector_rows
 
 
 @dataclass(frozen=True, slots=True)
