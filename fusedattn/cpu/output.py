@@ -12,6 +12,7 @@ from fusedattn.cpu.memory import (
     get_i32,
     get_i64,
     get_real,
+    read_storage,
     set_i64,
     set_real,
     smaller,
@@ -43,6 +44,19 @@ def gather_rows(params, w, count):
     gather(p.run_gather, w + p.at_output, table, size, p.head_dim_v, 1.0)
 
 
+@kernel("iiii>")
+def give_only_value(params, w, batch, lane):
+    """Let a row that sees one key have its value: no product and quotient rounds it."""
+    p = params_at(params)
+    v = p.v + get_i64(p.v_offsets, batch)
+    v += get_i32(w + p.at_head, lane) // p.group_size * p.v_head
+    v += get_i32(w + p.at_low, lane) * p.v_row
+    first = lane // p.lanes * p.head_dim_v * p.lanes + lane % p.lanes
+    for d in range(p.head_dim_v):
+        value = read_storage(v + d * p.v_dim, p.storage)
+        set_real(w + p.at_output, first + d * p.lanes, p.real_bytes, value)
+
+
 @kernel("iiiii>i")
 def finish(params, w, batch, count, panels):
     """Divide by the row sums and write the rows; return how many need another look.
@@ -62,10 +76,12 @@ def finish(params, w, batch, count, panels):
     used_q = get_i64(p.seqused_q, batch)
     keep_scale = p.keep_scale
     size, row_bytes = p.real_bytes, p.lanes * p.real_bytes
-    factor = 0.0
+    factor, sees_one = 0.0, False
     for lane in range(panels * p.lanes):
         if lane >= count:  # repeats the last row
             set_real(factors, lane, size, factor)
+            if sees_one:
+                give_only_value(params, w, batch, lane)
             continue
         total, shift, factor = get_real(sums, lane, size), get_real(maxima, lane, size), 0.0
         if total != 0.0:
@@ -82,6 +98,11 @@ def finish(params, w, batch, count, panels):
             total = total * rescale + 2.0 ** (sink_log2 - common)
             factor, shift = keep_scale * rescale / total, common
         factor *= p.unlift
+        seen = get_i32(highs, lane) - get_i32(lows, lane)
+        sees_one = seen == 1 and sink == -math.inf and not p.dropout and 0.0 < total < math.inf
+        if sees_one:
+            factor = 1.0
+            give_only_value(params, w, batch, lane)
         set_real(factors, lane, size, factor)
         if lse:
             at = (batch * num_heads + get_i32(heads, lane)) * seqlen_q
