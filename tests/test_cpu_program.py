@@ -4,6 +4,7 @@ import ctypes
 import re
 
 import pytest
+from cpu_backend import python
 from numba.core.errors import NumbaError
 
 from fusedattn.cpu import kernel as kernels
@@ -78,6 +79,28 @@ def test_a_function_is_lowered_once_for_all_programs(monkeypatch):
     monkeypatch.setattr(kernels, "compile_extra", counted)
     emit_program([Entry("second", mixed, "ii>i")])
     assert names == ["mixed"]
+
+
+def test_who_turns_numbas_compiler_off_for_code_of_his_own_still_has_the_kernels():
+    code = """
+from fusedattn.cpu import lanes
+from fusedattn.cpu.kernel import Entry, emit_program
+
+def first(row, n):
+    return lanes.row_interval(row, -2, 1, n, n)[0]
+
+assert "define i64 @first" in str(emit_program([Entry("first", first, "ii>i")])).replace('"', "")
+
+import numpy as np
+import fusedattn
+
+x = np.ones((1, 5, 8), np.float32)
+try:
+    fusedattn.attention(x, x, x, score_mod=lambda s, b, h, i, j: s * 2)
+except RuntimeError as error:
+    print(error)
+"""
+    assert "NUMBA_DISABLE_JIT" in python(code, NUMBA_DISABLE_JIT=1)
 
 
 def test_a_call_with_the_wrong_arguments_is_refused():

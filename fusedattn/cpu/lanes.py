@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+from types import FunctionType
+
 from fusedattn import masks
 from fusedattn.cpu.kernel import kernel
 from fusedattn.cpu.memory import (
@@ -21,7 +23,9 @@ from fusedattn.cpu.memory import (
 )
 from fusedattn.cpu.params import params_at
 
-row_interval = kernel("iiiii>ii")(masks.row_interval)
+# The built-ins would cost a compilation for each pair of types.
+_names = vars(masks) | {"min": smaller, "max": larger}
+row_interval = kernel("iiiii>ii")(FunctionType(masks.row_interval.__code__, _names))
 
 
 @kernel("iiiiiii>")

@@ -16,6 +16,7 @@ import numpy as np
 from numba import njit as _njit
 from numba import types
 from numba.core import cgutils
+from numba.core import config as _config
 from numba.core.errors import NumbaError
 
 from fusedattn.block_mask import Predicate
@@ -30,6 +31,7 @@ from fusedattn.pointwise import wrong_type
 _INDICES = (types.int64,) * 4
 
 njit: Any = _njit
+config: Any = _config
 _OPTIONS = {
     "error_model": "numpy",
     "forceinline": True,
@@ -163,6 +165,11 @@ def _positional(function: Any, count: int, compiled: Callable[[Any], Any]) -> An
 
 def _typed(function: UserFunction, arguments: tuple[Any, ...]) -> Any:
     """Compile through Numba, telling mistakes as mistakes of the user's function."""
+    if config.DISABLE_JIT:
+        raise RuntimeError(
+            f"{function.place} cannot be compiled while NUMBA_DISABLE_JIT is set; unset it, or "
+            'take backend="reference"'
+        )
     parts: list[Any] = []
 
     def compiled(part: Any) -> Any:
