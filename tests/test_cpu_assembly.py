@@ -7,7 +7,7 @@ import pytest
 
 from fusedattn.cpu import tile
 from fusedattn.cpu.compile import compile_micro, host_machine
-from fusedattn.cpu.micro import BACKWARD_GROUPS, GROUPS
+from fusedattn.cpu.interface import BACKWARD_GROUPS, GROUPS
 
 # Vector unit, LLVM's names of triple and processor, mnemonic and registers of a multiply-add, and
 # what an access to the stack looks like.

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+import llvmlite
+import numba
 import pytest
 from cpu_backend import finish, process, python
 
@@ -55,6 +57,22 @@ def test_a_second_process_compiles_nothing(filled, folder):
     compiles = compiles.replace("out =", "c.compile_micro = c.emit_program = None\nout =")
     assert python(compiles, FUSEDATTN_CACHE_DIR=folder) == filled[1]
     assert contents(folder) == before
+
+
+def test_a_process_that_finds_its_kernels_loads_no_compiler(folder):
+    code = """
+import sys
+import numpy as np
+import fusedattn
+
+x = np.ones((1, 40, 8), np.float32)
+x[0, 3] = np.nan  # the rescue too
+out, lse = fusedattn.attention(x, x, x, mask=np.ones((40, 40), bool), return_lse=True)
+fusedattn.attention_backward(out, x, x, x, out, lse)
+print("numba" in sys.modules)
+"""
+    loaded = [python(code, FUSEDATTN_CACHE_DIR=folder).strip() for _ in range(2)]
+    assert loaded == ["True", "False"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="other permissions")
@@ -216,24 +234,24 @@ def test_the_key_sees_every_source_of_a_kernel(monkeypatch, tmp_path):
 
 
 def test_the_key_sees_tile_processor_and_versions(monkeypatch):
-    import llvmlite
-    import numba
-    from numba.core import config
-
     keys = {cache._key(tile.tile_for(*kind, isa=isa)) for kind in KINDS for isa in ISAS}
     assert len(keys) == len(KINDS) * len(ISAS)
     before = cache._key("")
+    for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_OPT"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "")
+            assert (cache._key("") != before) == (name != "NUMBA_CPU_NAME")  # the host's, too
+            patch.setenv(name, "generic")
+            assert cache._key("") != before, name
     for owner, name, value in (
-        (llvmlite, "__version__", "0.0"),
-        (numba, "__version__", "0.0"),
-        (config, "CPU_NAME", "generic"),
-        (config, "CPU_FEATURES", ""),
-        (config, "OPT", 0),
         (sys, "version", "4.0"),
+        (cache, "_versions", lambda: ("0.0", numba.__version__)),
+        (cache, "_versions", lambda: (llvmlite.__version__, "0.0")),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, value)
             assert cache._key("") != before, name
+    assert cache._versions() == (numba.__version__, llvmlite.__version__)
     assert cache._key("") == before
 
 

@@ -19,8 +19,7 @@ from fusedattn.cpu.choice import (
     tile_of,
 )
 from fusedattn.cpu.compile import get_micro, get_rescue, get_worker, known_rescue
-from fusedattn.cpu.forward import NEEDS_RESCUE
-from fusedattn.cpu.micro import GROUPS
+from fusedattn.cpu.interface import GROUPS, NEEDS_RESCUE
 from fusedattn.cpu.scratch import working_memory
 from fusedattn.cpu.template import Bound, Template
 from fusedattn.cpu.tile import ROWS_PER_ITEM, host_isa, takes_matrix, tile_for

@@ -31,8 +31,8 @@ from fusedattn.cpu.backward_params import (
     NO_BIAS,
     SUM_OVER_KEYS,
     SUM_OVER_ROWS,
-    backward_at,
 )
+from fusedattn.cpu.interface import SIGNATURES
 from fusedattn.cpu.kernel import kernel
 from fusedattn.cpu.lanes import kept_keys
 from fusedattn.cpu.memory import (
@@ -50,9 +50,9 @@ from fusedattn.cpu.memory import (
     set_u8,
     smaller,
 )
-from fusedattn.cpu.micro import SIGNATURES
 from fusedattn.cpu.panel import EACH_KEY_SEEN, NONE_SEEN, accumulate, copy, stage
 from fusedattn.cpu.params import COUNTER, STOP, USER_FUNCTIONS
+from fusedattn.cpu.record import backward_at
 from fusedattn.cpu.simd import native
 
 products = native(SIGNATURES["products"])

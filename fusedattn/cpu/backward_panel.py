@@ -17,8 +17,9 @@ import math
 import numpy as np
 
 from fusedattn import masks
-from fusedattn.cpu.backward_params import EACH_ENTRY, backward_at
+from fusedattn.cpu.backward_params import EACH_ENTRY
 from fusedattn.cpu.forward import pack
+from fusedattn.cpu.interface import SIGNATURES
 from fusedattn.cpu.kernel import kernel
 from fusedattn.cpu.lanes import fill_lanes, kept_keys
 from fusedattn.cpu.memory import (
@@ -36,7 +37,6 @@ from fusedattn.cpu.memory import (
     set_u8,
     smaller,
 )
-from fusedattn.cpu.micro import SIGNATURES
 from fusedattn.cpu.panel import (
     ALL_SEEN,
     EACH_KEY_SEEN,
@@ -54,6 +54,7 @@ from fusedattn.cpu.panel import (
     weights,
 )
 from fusedattn.cpu.params import COUNTER, STOP
+from fusedattn.cpu.record import backward_at
 from fusedattn.cpu.simd import native
 
 differentiate = native(SIGNATURES["differentiate"])

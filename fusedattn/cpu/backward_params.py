@@ -14,15 +14,13 @@ import sys
 from typing import Any
 
 import numpy as np
-from numba import from_dtype
 from numpy.typing import NDArray
 
 from fusedattn.cpu.choice import SHARED_ROWS, STORAGE_NAME, in_natural_units
+from fusedattn.cpu.interface import BACKWARD_GROUPS, LOG2_E, UNSEEN
 from fusedattn.cpu.lowering import address_of, batch_offsets, lower_block_mask, lower_scores
-from fusedattn.cpu.memory import STORAGE_CODE, view_as
-from fusedattn.cpu.micro import BACKWARD_GROUPS, LOG2_E, UNSEEN
 from fusedattn.cpu.params import OPERANDS, PARAMS
-from fusedattn.cpu.tile import Tile, backward_tile_for
+from fusedattn.cpu.tile import STORAGE_CODE, Tile, backward_tile_for
 from fusedattn.problem import AttentionProblem
 
 # How the gradient of the bias is collected.
@@ -96,8 +94,6 @@ BACKWARD = np.dtype(
     + [(name, np.dtype(np.int64)) for name in _INTEGERS]
     + [(name, np.dtype(np.float64)) for name in _REALS]
 )
-# In a kernel: the record at an address, its fields as attributes.
-backward_at = view_as(from_dtype(BACKWARD))
 
 Array = NDArray[Any]
 

@@ -18,7 +18,6 @@ from fusedattn.cpu.backward_panel import (
     stage_rows,
     write_d_q,
 )
-from fusedattn.cpu.backward_params import backward_at
 from fusedattn.cpu.kernel import kernel
 from fusedattn.cpu.memory import (
     add_atomic,
@@ -33,6 +32,7 @@ from fusedattn.cpu.memory import (
 )
 from fusedattn.cpu.panel import NONE_SEEN, stage
 from fusedattn.cpu.params import COUNTER, STOP
+from fusedattn.cpu.record import backward_at
 from fusedattn.cpu.rescue import is_kept, is_visible, row_addresses
 
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from fusedattn import kernel_files
+from fusedattn.cpu.tile import narrowed_features, narrowed_name
 
 
 @functools.cache
@@ -28,22 +30,23 @@ def _source_digest() -> bytes:
     return kernel_files.digest_of(sorted([*package.glob("cpu/**/*.py"), *shared]))
 
 
-def _key(detail: object) -> str:
-    import llvmlite
-    import numba
-    from llvmlite import binding
-    from numba.core import config as numba_config
+@functools.cache
+def _versions() -> tuple[str, ...]:
+    """Versions of the compilers, which need not be loaded for that."""
+    return tuple(metadata.version(name) for name in ("numba", "llvmlite"))
 
-    config: Any = numba_config  # its attributes are set when it is imported
-    features = config.CPU_FEATURES  # an empty text is a choice
+
+def _key(detail: object) -> str:
+    from llvmlite import binding
+
+    features = narrowed_features()  # an empty text is a choice
     parts = (
         sys.version,
-        numba.__version__,
-        llvmlite.__version__,
+        *_versions(),
         binding.get_process_triple(),
-        config.CPU_NAME or binding.get_host_cpu_name(),
+        narrowed_name() or binding.get_host_cpu_name(),
         binding.get_host_cpu_features().flatten() if features is None else features,
-        config.OPT,
+        os.environ.get("NUMBA_OPT"),
         detail,
     )
     return hashlib.sha256(_source_digest() + repr(parts).encode()).hexdigest()[:32]

@@ -9,21 +9,15 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from typing import Any, NamedTuple, cast
 
 import llvmlite.binding as llvm
-from numba.core import config as _config
 
 from fusedattn.cpu.cache import fetch
-from fusedattn.cpu.forward import RESCUE_SIGNATURES, worker
-from fusedattn.cpu.half import link_half
-from fusedattn.cpu.kernel import Entry, emit_program
-from fusedattn.cpu.micro import BACKWARD_GROUPS, GROUPS, emit_module
-from fusedattn.cpu.tile import Tile
+from fusedattn.cpu.interface import BACKWARD_GROUPS, GROUPS, RESCUE_SIGNATURES
+from fusedattn.cpu.tile import Tile, narrowed_features, narrowed_name
 from fusedattn.undisturbed import undisturbed
-
-# Its attributes are set from the environment when Numba is imported.
-config: Any = _config
 
 Worker = Callable[[int, int], int]
 
@@ -60,10 +54,13 @@ def once(function: Callable[..., Any]) -> Callable[..., Any]:
 @once
 def link_half_once() -> Any:
     """Provide the conversion of float16 where the processor may not have it."""
-    machine, features = host_machine(), config.CPU_FEATURES
-    features = llvm.get_host_cpu_features().flatten() if features is None else features
+    machine, features = host_machine(), host_features()
     has_it = "+f16c" in features or machine.triple.startswith(("aarch64", "arm64"))
-    return None if has_it else link_half(machine)
+    if has_it:
+        return None
+    from fusedattn.cpu.half import link_half
+
+    return link_half(machine)
 
 
 def load(code: bytes, names: Iterable[str]) -> Loaded:
@@ -75,20 +72,26 @@ def load(code: bytes, names: Iterable[str]) -> Loaded:
     return Loaded({name: engine.get_function_address(name) for name in names}, engine)
 
 
-def _program(name: str, *entries: Entry) -> Loaded:
-    """Compile a program, or load it."""
+def _program(name: str, module: str, signatures: dict[str, str]) -> Loaded:
+    """Compile a program, or load it: C functions of these names, from kernels of a module.
+
+    Its module, and with it Numba, is loaded to compile alone.
+    """
 
     # More than the first level gains nothing for the macro loops, and takes a quarter of a second.
     def make() -> bytes:
+        from fusedattn.cpu.kernel import Entry, emit_program
+
+        kernels = import_module(f"fusedattn.cpu.{module}")
+        entries = [Entry(name, getattr(kernels, name), kind) for name, kind in signatures.items()]
         return bytes(compile_module(emit_program(entries), host_machine(), speed_level=1))
 
-    code = fetch(name, "", make)
-    return load(code, [entry.name for entry in entries])
+    return load(fetch(name, "", make), signatures)
 
 
-def _worker(name: str, function: Any) -> Worker:
+def _worker(name: str, module: str) -> Worker:
     """Compile a function ``(parameters, working memory) -> status``, or load it."""
-    program = _program(name, Entry(name, function, "ii>i"))
+    program = _program(name, module, {name: "ii>i"})
     # ctypes lets go of the GIL for the length of the call.
     prototype = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
     native: Any = prototype(program.addresses[name])
@@ -99,32 +102,25 @@ def _worker(name: str, function: Any) -> Worker:
 @once
 def get_worker() -> Worker:
     """Return the native worker of the forward pass."""
-    return _worker("worker", worker)
+    return _worker("worker", "forward")
 
 
 @once
 def get_backward_worker() -> Worker:
     """Return the native worker of the backward pass."""
-    from fusedattn.cpu.backward import backward_worker
-
-    return _worker("backward_worker", backward_worker)
+    return _worker("backward_worker", "backward")
 
 
 @once
 def get_backward_rescue() -> Worker:
     """Return the native worker of its rescue, compiled on first use."""
-    from fusedattn.cpu.backward_rescue import rescue_worker
-
-    return _worker("backward_rescue", rescue_worker)
+    return _worker("rescue_worker", "backward_rescue")
 
 
 @once
 def get_rescue() -> tuple[int, int]:
     """Return the addresses of `mark_visible` and `rescue`, compiled on first use."""
-    from fusedattn.cpu import rescue
-
-    entries = (Entry(n, getattr(rescue, n), kind) for n, kind in RESCUE_SIGNATURES.items())
-    program = _program("rescue", *entries)
+    program = _program("rescue", "rescue", RESCUE_SIGNATURES)
     _rescue.append(program)  # keeps the code in memory
     mark_visible, whole = program.addresses.values()
     return mark_visible, whole
@@ -143,6 +139,12 @@ def get_micro(tile: Tile, group: str) -> Loaded:
     return load(code, (GROUPS | BACKWARD_GROUPS)[group])
 
 
+def host_features() -> str:
+    """Return what this host's processor has, in LLVM's words, or what it is narrowed to."""
+    features = narrowed_features()
+    return str(llvm.get_host_cpu_features().flatten()) if features is None else features
+
+
 def host_machine(
     cpu: str | None = None, features: str | None = None, triple: str | None = None
 ) -> Any:
@@ -151,9 +153,7 @@ def host_machine(
     llvm.initialize_native_asmprinter()
     triple = triple or llvm.get_process_triple()
     if cpu is None:
-        cpu = config.CPU_NAME or llvm.get_host_cpu_name()
-        features = config.CPU_FEATURES
-        features = llvm.get_host_cpu_features().flatten() if features is None else features
+        cpu, features = narrowed_name() or llvm.get_host_cpu_name(), host_features()
     return llvm.Target.from_triple(triple).create_target_machine(
         cpu=cpu, features=features or "", opt=3, jit=True
     )
@@ -161,6 +161,8 @@ def host_machine(
 
 def compile_micro(tile: Tile, group: str, machine: Any = None, *, assembly: bool = False) -> Any:
     """Compile a group of micro-kernels to object code, or to assembly for reading."""
+    from fusedattn.cpu.micro import emit_module
+
     machine = machine or host_machine()
     module = llvm.parse_assembly(str(emit_module(tile, group)))
     return compile_module(module, machine, assembly=assembly)

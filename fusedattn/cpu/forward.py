@@ -18,6 +18,7 @@ Throughout, ``p`` is the parameter record and ``w`` the address of the thread's 
 from __future__ import annotations
 
 from fusedattn import masks
+from fusedattn.cpu.interface import NEEDS_RESCUE, RESCUE_SIGNATURES, SIGNATURES
 from fusedattn.cpu.kernel import kernel
 from fusedattn.cpu.lanes import fill_lanes, kept_keys
 from fusedattn.cpu.matrix import accumulate_tile, keep_block, score_tile, split_block, split_panel
@@ -31,15 +32,13 @@ from fusedattn.cpu.memory import (
     set_real,
     smaller,
 )
-from fusedattn.cpu.micro import SIGNATURES
 from fusedattn.cpu.output import finish
 from fusedattn.cpu.panel import attend_tile
-from fusedattn.cpu.params import COUNTER, STOP, params_at
+from fusedattn.cpu.params import COUNTER, STOP
 from fusedattn.cpu.partial import fold, restore, save
+from fusedattn.cpu.record import params_at
 from fusedattn.cpu.simd import native
 from fusedattn.cpu.tile import ROWS_TOGETHER
-
-NEEDS_RESCUE = 1
 
 # With so few tiles in a block, products of single parts cost less alone than beside weights: the
 # vector unit multiplies half as fast while the matrix unit is awake.
@@ -49,8 +48,6 @@ pack = native(SIGNATURES["pack"])
 stage = native(SIGNATURES["stage"])
 configure = native(SIGNATURES["configure"])
 release = native(SIGNATURES["release"])
-# The rescue is compiled when a row first needs it, and called by address like a micro-kernel.
-RESCUE_SIGNATURES = {"mark_visible": "iiiiiii>", "rescue": "iiii>i"}
 mark_visible, rescue = (native(signature) for signature in RESCUE_SIGNATURES.values())
 
 

@@ -21,7 +21,7 @@ from fusedattn.cpu.memory import (
     set_real,
     smaller,
 )
-from fusedattn.cpu.params import params_at
+from fusedattn.cpu.record import params_at
 
 # The built-ins would cost a compilation for each pair of types.
 _names = vars(masks) | {"min": smaller, "max": larger}

@@ -14,11 +14,9 @@ from fusedattn.cpu.choice import (
     panels_per_item,
     takes_few_rows,
 )
-from fusedattn.cpu.memory import STORAGE_CODE
-from fusedattn.cpu.micro import LOG2_E, UNSEEN
-from fusedattn.cpu.micro.matrix import unlift
+from fusedattn.cpu.interface import LOG2_E, UNSEEN, unlift
 from fusedattn.cpu.params import SCRATCH
-from fusedattn.cpu.tile import CHUNK_KEYS, MATRIX_KEYS, ROWS_PER_ITEM, Tile
+from fusedattn.cpu.tile import CHUNK_KEYS, MATRIX_KEYS, ROWS_PER_ITEM, STORAGE_CODE, Tile
 from fusedattn.cpu.user.words import describe_tables
 from fusedattn.problem import AttentionProblem
 

@@ -9,10 +9,10 @@ says which of them have a rest.
 
 from __future__ import annotations
 
+from fusedattn.cpu.interface import SIGNATURES
 from fusedattn.cpu.kernel import kernel
 from fusedattn.cpu.memory import get_i64, set_i64, set_u8
-from fusedattn.cpu.micro import SIGNATURES
-from fusedattn.cpu.params import params_at
+from fusedattn.cpu.record import params_at
 from fusedattn.cpu.simd import native
 
 _call = {name: native(signature) for name, signature in SIGNATURES.items()}

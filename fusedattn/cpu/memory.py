@@ -10,15 +10,11 @@ Storage types go by their code, so that one compilation serves them all.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from llvmlite import ir
-from numba import types
 
 from fusedattn.cpu.simd import DOUBLE, FLOAT, I1, I8, I32, I64, Emitter, Writer, inlined
-from fusedattn.cpu.tile import STORAGE_BYTES
-
-STORAGE_CODE = {name: code for code, name in enumerate(STORAGE_BYTES)}
+from fusedattn.cpu.tile import STORAGE_CODE
 
 
 def _get(kind: ir.Type, size: int) -> Writer:
@@ -170,17 +166,3 @@ def _move(e: Emitter, target: ir.Value, source: ir.Value, size: ir.Value) -> Non
 # So many bytes. Of loops over addresses LLVM would make gathers and scatters.
 clear = inlined("ii>", _clear)
 copy_bytes = inlined("iii>", _move)
-
-
-def view_as(record: Any) -> Any:
-    """Return an intrinsic ``view(address)`` that sees a Numba record at an address."""
-    from numba.extending import intrinsic
-
-    @intrinsic
-    def view(typing_context: Any, address: Any) -> Any:
-        def codegen(context: Any, builder: Any, sig: Any, values: Any) -> Any:
-            return builder.inttoptr(values[0], context.get_value_type(sig.return_type))
-
-        return record(types.int64), codegen
-
-    return view

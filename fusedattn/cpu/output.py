@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 
+from fusedattn.cpu.interface import LOG2_E, SIGNATURES
 from fusedattn.cpu.kernel import kernel
 from fusedattn.cpu.memory import (
     get_f64,
@@ -17,8 +18,7 @@ from fusedattn.cpu.memory import (
     set_real,
     smaller,
 )
-from fusedattn.cpu.micro import LOG2_E, SIGNATURES
-from fusedattn.cpu.params import params_at
+from fusedattn.cpu.record import params_at
 from fusedattn.cpu.simd import native
 
 LN_2 = math.log(2.0)

@@ -9,6 +9,7 @@ parameter record and ``w`` the address of the thread's working memory.
 from __future__ import annotations
 
 from fusedattn import masks
+from fusedattn.cpu.interface import SIGNATURES
 from fusedattn.cpu.kernel import kernel
 from fusedattn.cpu.matrix import (
     accumulate_tile,
@@ -25,8 +26,8 @@ from fusedattn.cpu.memory import (
     get_u8,
     set_u8,
 )
-from fusedattn.cpu.micro import SIGNATURES
-from fusedattn.cpu.params import USER_FUNCTIONS, params_at
+from fusedattn.cpu.params import USER_FUNCTIONS
+from fusedattn.cpu.record import params_at
 from fusedattn.cpu.simd import native
 
 # What a tile of the dense mask holds.

@@ -8,10 +8,8 @@ the ``*_offsets`` tables, so any leading axes with any strides will do.
 from __future__ import annotations
 
 import numpy as np
-from numba import from_dtype
 
-from fusedattn.cpu.memory import view_as
-from fusedattn.cpu.micro import SIGNATURES
+from fusedattn.cpu.interface import SIGNATURES
 
 # An operand is an address, three strides in bytes and the address of its batch offsets.
 OPERANDS = {
@@ -123,8 +121,6 @@ PARAMS = np.dtype(
 )
 
 OFFSETS = {name: 8 * index for index, name in enumerate(_INTEGERS + _REALS)}
-# In a kernel: the record at an address, its fields as attributes.
-params_at = view_as(from_dtype(PARAMS))
 
 # Where the counter lies in the record.
 COUNTER = OFFSETS["counter"]

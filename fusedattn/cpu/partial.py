@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from fusedattn.cpu.kernel import kernel
 from fusedattn.cpu.memory import copy_bytes, get_real, set_real
-from fusedattn.cpu.params import params_at
+from fusedattn.cpu.record import params_at
 from fusedattn.cpu.tile import ROWS_TOGETHER
 
 

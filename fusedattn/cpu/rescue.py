@@ -13,6 +13,7 @@ import math
 
 from fusedattn import masks, philox
 from fusedattn.cpu.forward import attend_chunks
+from fusedattn.cpu.interface import SIGNATURES
 from fusedattn.cpu.kernel import kernel
 from fusedattn.cpu.lanes import fill_lanes, row_interval
 from fusedattn.cpu.memory import (
@@ -28,9 +29,9 @@ from fusedattn.cpu.memory import (
     set_u8,
     write_storage,
 )
-from fusedattn.cpu.micro import SIGNATURES
 from fusedattn.cpu.output import finish
-from fusedattn.cpu.params import COUNTER, STOP, USER_FUNCTIONS, params_at
+from fusedattn.cpu.params import COUNTER, STOP, USER_FUNCTIONS
+from fusedattn.cpu.record import params_at
 from fusedattn.cpu.simd import native
 
 # Sums of values near the largest float64 are kept this much smaller: 2**30 of them still fit.

@@ -18,9 +18,8 @@ from fusedattn.cpu.lowering import (
     lower_work,
     out_strides,
 )
-from fusedattn.cpu.memory import STORAGE_CODE
 from fusedattn.cpu.params import OFFSETS, OPERANDS, PARAMS, STOP
-from fusedattn.cpu.tile import Tile
+from fusedattn.cpu.tile import STORAGE_CODE, Tile
 from fusedattn.cpu.user.words import describe_tables
 from fusedattn.masks import relative_bounds
 from fusedattn.problem import AttentionProblem, Lengths

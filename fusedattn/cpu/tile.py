@@ -18,6 +18,8 @@ from fusedattn.undisturbed import undisturbed
 
 # Element types as they lie in memory, by NumPy's (and ml_dtypes') names, with their size in bytes.
 STORAGE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+# And the codes that stand for them in a record.
+STORAGE_CODE = {name: code for code, name in enumerate(STORAGE_BYTES)}
 
 # Bytes of packed queries and output accumulators that one work item may keep live: they are read
 # once per key block and have to stay in a core's own cache.
@@ -61,17 +63,27 @@ AMX = Isa("AVX-512", 64, 32, matrix=True)
 SIMD128 = Isa("128-bit SIMD", 16, 32)
 
 
-@functools.cache
-def host_isa() -> Isa:
-    """Return the vector unit that Numba compiles for.
+def narrowed_name() -> str | None:
+    """Return the processor to compile for if it is not the host's, by ``NUMBA_CPU_NAME``."""
+    return os.environ.get("NUMBA_CPU_NAME") or None
 
-    ``NUMBA_CPU_FEATURES`` (and ``NUMBA_CPU_NAME=generic``) narrow it, as they narrow Numba itself.
+
+def narrowed_features() -> str | None:
+    """Return the features to compile for if they are not all that the host has.
+
+    By ``NUMBA_CPU_FEATURES`` and ``NUMBA_CPU_NAME=generic``, which narrow Numba itself.
     """
     features = os.environ.get("NUMBA_CPU_FEATURES")
-    if features is not None:
-        enabled = {word[1:] for word in features.split(",") if word.startswith("+")}
-    elif os.environ.get("NUMBA_CPU_NAME") == "generic":
-        enabled = set()
+    generic = (narrowed_name() or "").lower() == "generic"
+    return "" if features is None and generic else features
+
+
+@functools.cache
+def host_isa() -> Isa:
+    """Return the vector unit that is compiled for."""
+    narrowed = narrowed_features()
+    if narrowed is not None:
+        enabled = {word[1:] for word in narrowed.split(",") if word.startswith("+")}
     else:
         import llvmlite.binding as llvm
 

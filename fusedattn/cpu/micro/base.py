@@ -11,7 +11,6 @@ from llvmlite import ir
 from fusedattn.cpu.simd import I1, I64, Emitter
 from fusedattn.cpu.tile import STORAGE_BYTES, Tile
 
-LOG2_E = 1.4426950408889634
 EXPONENT_BITS = {32: 127, 64: 1023}
 MANTISSA_BITS = {32: 23, 64: 52}
 

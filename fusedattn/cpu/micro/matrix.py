@@ -26,19 +26,15 @@ from contextlib import contextmanager
 from llvmlite import ir
 from numba.core import cgutils
 
+from fusedattn.cpu.interface import LIFT
 from fusedattn.cpu.micro.base import Kernels
-from fusedattn.cpu.micro.parts import LIFT, LINE, ROWS, filled
+from fusedattn.cpu.micro.parts import LINE, ROWS, filled
 from fusedattn.cpu.simd import BYTES, I8, I64, Emitter
 from fusedattn.cpu.tile import MATRIX_KEYS
 
 # Rests move a score by less than 2**20 (2**-126 times numbers below 2**128, and few of them), which
 # is less than half a unit of a score from here on; an infinite one must stay what it is.
 MOST_WITH_REST = 2.0**64
-
-
-def unlift(parts: int) -> float:
-    """The factor that makes an output of elements in so many parts what it is."""
-    return LIFT**-2 if parts == 3 else LIFT**-1
 
 
 # Two tiles of rows meet the one or two tiles of lanes of a panel at a time: the sums and what is

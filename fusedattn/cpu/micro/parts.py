@@ -20,11 +20,11 @@ from typing import Any
 
 from llvmlite import ir
 
+from fusedattn.cpu.interface import LIFT
 from fusedattn.cpu.micro.base import Kernels
 from fusedattn.cpu.simd import FLOAT, HALF, I1, I8, I16, I32, I64, Emitter
 from fusedattn.cpu.tile import MATRIX_KEYS
 
-LIFT = 2.0**30
 SMALLEST_NORMAL = 2.0**-126
 # Times this what is lost of the smallest keys and queries of float32 stays far below the roundings
 # of a score (see the scales in `fusedattn.cpu.lowering`).

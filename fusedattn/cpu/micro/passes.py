@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from fusedattn.cpu.micro.base import LOG2_E, Kernels
+from fusedattn.cpu.interface import LOG2_E
+from fusedattn.cpu.micro.base import Kernels
 from fusedattn.cpu.simd import I32, Emitter
 
 # (2**f - 1) / f on [-1/2, 1/2], minimax: errors 1.7e-10 and 1.7e-19.

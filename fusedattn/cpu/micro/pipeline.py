@@ -17,9 +17,10 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils
 
+from fusedattn.cpu.interface import LIFT
 from fusedattn.cpu.micro.base import EXPONENT_BITS, Kernels
 from fusedattn.cpu.micro.matrix import ROW_TILES, SCORE_PAIRS, VALUE_PAIRS, Matrix
-from fusedattn.cpu.micro.parts import LIFT, ROWS, filled
+from fusedattn.cpu.micro.parts import ROWS, filled
 from fusedattn.cpu.micro.softmax import EXP2, Exponent, Softmax
 from fusedattn.cpu.simd import I16, I32, I64, Emitter
 from fusedattn.cpu.tile import MATRIX_KEYS

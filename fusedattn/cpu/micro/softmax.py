@@ -10,12 +10,9 @@ from typing import Any, NamedTuple
 
 from llvmlite import ir
 
+from fusedattn.cpu.interface import UNSEEN
 from fusedattn.cpu.micro.base import EXPONENT_BITS, MANTISSA_BITS, Kernels
 from fusedattn.cpu.simd import I1, I8, I32, I64, Emitter
-
-# The maximum before any key was seen. Finite, so that no lane ever computes inf - inf; below every
-# score of the promised domain (at most max/4, times log2(e)).
-UNSEEN = {32: -3.0e38, 64: -1.6e308}
 
 # 2**f on [-1/2, 1/2], minimax, constant first: errors 2.0e-9 and 3.2e-18.
 EXP2 = {

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from fusedattn.cpu.micro.base import EXPONENT_BITS, LOG2_E, MANTISSA_BITS
+from fusedattn.cpu.interface import LOG2_E
+from fusedattn.cpu.micro.base import EXPONENT_BITS, MANTISSA_BITS
 from fusedattn.cpu.micro.passes import EXP2M1
 from fusedattn.cpu.simd import DOUBLE, FLOAT
 
