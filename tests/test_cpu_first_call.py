@@ -5,8 +5,8 @@ import os
 import pytest
 from cpu_backend import python
 
-# Processor time of a whole process, in seconds, so that a busy machine makes no difference; twice
-# what it takes on the machines it was written on, or nearly. Compiling once for each dtype or layout
+# Processor time of a whole process, in seconds, so that a busy machine makes no difference: nearly
+# twice what it takes on the machines it was written on. Compiling once for each dtype or layout
 # takes more, and so does loading Numba to find that there is nothing to compile.
 COLD, CACHED = 6.0, 0.8
 
