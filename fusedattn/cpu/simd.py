@@ -1,4 +1,4 @@
-"""Vector instructions for Numba: LLVM IR from Python, and the ways it meets an ``@njit`` function.
+"""Vector instructions for Numba: LLVM IR from Python, and the ways it meets a compiled function.
 
 Numba's own code generator turns a scalar loop into vectors only where LLVM's cost model agrees;
 the micro-kernels need exact register tiles instead. A Python function writes their LLVM IR through
