@@ -8,6 +8,7 @@ import threading
 
 import numpy as np
 import pytest
+from hypothesis import note
 
 from fusedattn import attention, attention_backward
 from fusedattn.cpu import tile
@@ -87,6 +88,13 @@ def gradient_kernel_on(isa, dtypes=DTYPES):
     supports = EVERYTHING | {"d_lse"}
     gradient = gradient_on(isa)
     return Kernel(attention_on(isa), supports=supports, dtypes=dtypes, gradient=gradient)
+
+
+def on_every_unit(law, case):
+    """Hold the kernels for every vector unit to a law on a case, whose reference they share."""
+    for isa in ISAS:
+        note(isa.name)
+        law(kernel_on(isa), case)
 
 
 def bits(array):

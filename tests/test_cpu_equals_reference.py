@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from cpu_backend import DTYPES, attention_on, each_isa, head_dims, kernel_on, normal
+from cpu_backend import DTYPES, ISAS, attention_on, head_dims, normal, on_every_unit
 from hypothesis import given, settings
 
 from fusedattn import attention
@@ -50,24 +50,23 @@ cases = attention_problems(EVERYTHING, DTYPES, sizes=AROUND)
 two_types = attention_problems(EVERYTHING, DTYPES[:2], sizes=AROUND)
 
 
-@each_isa
 @settings(max_examples=EXAMPLES)
 @given(case=two_types)
-def test_equals_the_reference_around_the_edges_of_tiles(isa, case):
-    equals_reference(kernel_on(isa), case)
+def test_equals_the_reference_around_the_edges_of_tiles(case):
+    on_every_unit(equals_reference, case)
 
 
 @pytest.mark.deep
-@each_isa
 @settings(max_examples=20 * EXAMPLES)
 @given(case=cases | attention_problems(EVERYTHING, DTYPES))
-def test_equals_the_reference_in_every_type(isa, case):
-    equals_reference(kernel_on(isa), case)
+def test_equals_the_reference_in_every_type(case):
+    on_every_unit(equals_reference, case)
 
 
-def check(case, fn=attention):
-    out, lse = fn(case.q, case.k, case.v, **case.keywords, return_lse=True)
-    assert_equals_reference(case.expected._replace(out=out, lse=lse), case)
+def check(case, *functions):
+    for fn in functions or (attention,):
+        out, lse = fn(case.q, case.k, case.v, **case.keywords, return_lse=True)
+        assert_equals_reference(case.expected._replace(out=out, lse=lse), case)
 
 
 def test_every_head_dim_to_576():
@@ -76,11 +75,10 @@ def test_every_head_dim_to_576():
 
 
 @pytest.mark.deep
-@each_isa
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_head_dim_to_576_in_every_type(isa, dtype):
+def test_every_head_dim_to_576_in_every_type(dtype):
     for dim in range(1, 577):
-        check(head_dims(dim, dtype), attention_on(isa))
+        check(head_dims(dim, dtype), *map(attention_on, ISAS))
 
 
 LONG = {

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from cpu_backend import DTYPES, assert_same_bits, attention_on, each_isa, kernel_on, normal
+from cpu_backend import DTYPES, assert_same_bits, attention_on, each_isa, normal, on_every_unit
 from cpu_hiding import HIDING, KEYS, ROWS
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,22 +18,20 @@ MASKING = ("mask", "bias", "causal", "window_size", "seqused_k")
 
 
 @pytest.mark.deep
-@each_isa
 @settings(max_examples=10 * EXAMPLES)
 @given(data=st.data())
-def test_hidden_keys_do_not_leak_on_any_vector_unit(isa, data):
+def test_hidden_keys_do_not_leak_on_any_vector_unit(data):
     focus = data.draw(st.sampled_from(MASKING))
     case = data.draw(attention_problems(EVERYTHING, DTYPES, focus=(focus,)))
-    hidden_keys_do_not_leak(kernel_on(isa), case)
-    unseen_keys_do_not_matter(kernel_on(isa), case)
+    on_every_unit(hidden_keys_do_not_leak, case)
+    on_every_unit(unseen_keys_do_not_matter, case)
 
 
 @pytest.mark.deep
-@each_isa
 @settings(max_examples=10 * EXAMPLES)
 @given(case=attention_problems(EVERYTHING, DTYPES, without=("dropout_p",), tame=True, sizes=SMALL))
-def test_nan_reaches_the_output_on_any_vector_unit(isa, case):
-    nan_reaches_the_output(kernel_on(isa), case)
+def test_nan_reaches_the_output_on_any_vector_unit(case):
+    on_every_unit(nan_reaches_the_output, case)
 
 
 POISON = {"nan": np.nan, "inf": np.inf, "-inf": -np.inf}

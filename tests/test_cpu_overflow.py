@@ -3,7 +3,16 @@
 import ml_dtypes  # noqa: F401  (registers the name bfloat16)
 import numpy as np
 import pytest
-from cpu_backend import DTYPES, ISAS, attention_on, bits, each_isa, kernel_on, normal
+from cpu_backend import (
+    DTYPES,
+    ISAS,
+    attention_on,
+    bits,
+    each_isa,
+    kernel_on,
+    normal,
+    on_every_unit,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,23 +31,20 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 @given(data=st.data())
 def test_the_end_of_the_range_stays_finite_and_in_the_hull(dtype, data):
     case = data.draw(attention_problems(EVERYTHING, (dtype,), extreme=True))
-    kernel = kernel_on(ISAS[0])
-    finite_in_finite_out(kernel, case)
-    equals_reference(kernel, case)
+    finite_and_right(kernel_on(ISAS[0]), case)
+
+
+def finite_and_right(kernel, case):
+    finite_in_finite_out(kernel, case)  # and equal to the reference
     if "dropout_p" not in case.keywords:
         quietly(in_hull, kernel, case)
 
 
 @pytest.mark.deep
-@each_isa
 @settings(max_examples=20 * EXAMPLES)
 @given(case=attention_problems(EVERYTHING, DTYPES, extreme=True))
-def test_the_end_of_the_range_on_every_vector_unit(isa, case):
-    kernel = kernel_on(isa)
-    finite_in_finite_out(kernel, case)
-    equals_reference(kernel, case)
-    if "dropout_p" not in case.keywords:
-        quietly(in_hull, kernel, case)
+def test_the_end_of_the_range_on_every_vector_unit(case):
+    on_every_unit(finite_and_right, case)
 
 
 @each_isa

@@ -27,18 +27,35 @@ def gradients_equal_reference(kernel: Kernel, case: Case) -> None:
     Domain: operands up to ``2**20``, whose products of four stay in range; forward has a wider one.
     If this does not hold a model trains on something else than its loss.
     """
+    check_domain(case)
+    given = incoming(kernel, case)
+    assert_equal_reference(pull_back(kernel, case, given), case, given)
+
+
+def check_domain(case: Case) -> None:
+    """Raise `OutsideDomain` where products of four operands may leave the range."""
     problem = case.problem
     extra = (x for x in (problem.bias, problem.sinks) if x is not None)
     for array in (case.q, case.k, case.v, *extra):
         size = np.abs(array.astype(np.float64))
         if size[np.isfinite(size)].max(initial=0.0) > 2.0**20:
             raise OutsideDomain("operands beyond 2**20")
-    given = incoming(kernel, case)
-    assert_equal_reference(pull_back(kernel, case, given), case, given)
 
 
 def assert_equal_reference(found: Gradients, case: Case, given: Incoming) -> None:
     """Assert that gradients are the reference's within their budgets, where there are any."""
+    assert_equal(found, *reference_and_budget(case, given))
+
+
+def assert_equal(found: Gradients, expected: Gradients, budget: Gradients) -> None:
+    """Assert that gradients are within their budgets, where there are any, of what is expected."""
+    for name, got, want, allowed in zip(ARRAYS, found[:5], expected[:5], budget[:5], strict=True):
+        if got is not None and want is not None and allowed is not None:
+            assert_within(got, want, allowed, name=name)
+
+
+def reference_and_budget(case: Case, given: Incoming) -> tuple[Gradients, Gradients]:
+    """Return the reference's gradients of a call, and how far from them others may be."""
     problem = case.problem
     # The reference's own result, before it is rounded to the type of each operand.
     wide = dataclasses.replace(
@@ -51,10 +68,7 @@ def assert_equal_reference(found: Gradients, case: Case, given: Incoming) -> Non
     )
     expected = reference.backward(wide, given.d_out, None, None, given.d_lse)
     half = case.q.dtype if case.half_weights and case.q.dtype.itemsize == 2 else None
-    budget = backward_budget(problem, given.d_out, given.d_lse, rounds_weights_to=half)
-    for name, got, want, allowed in zip(ARRAYS, found[:5], expected[:5], budget[:5], strict=True):
-        if got is not None and want is not None and allowed is not None:
-            assert_within(got, want, allowed, name=name)
+    return expected, backward_budget(problem, given.d_out, given.d_lse, rounds_weights_to=half)
 
 
 def finite_gradients(kernel: Kernel, case: Case) -> None:
