@@ -1,5 +1,6 @@
 """The machine code of the inner loops: nothing but multiply-adds, and no trip to the stack."""
 
+import functools
 import re
 
 import llvmlite.binding as llvm
@@ -36,11 +37,21 @@ def target(request):
     if triple.startswith("aarch64"):
         llvm.initialize_all_targets()
         llvm.initialize_all_asmprinters()
+    return isa, machine(cpu, triple), re.compile(multiply_add), stack
+
+
+@functools.cache
+def machine(cpu, triple):
     try:
-        machine = host_machine(cpu, "", triple)
+        return host_machine(cpu, "", triple)
     except RuntimeError:
         pytest.skip(f"this LLVM knows no {triple}")
-    return isa, machine, re.compile(multiply_add), stack
+
+
+@functools.cache
+def kernels_of(shape, group, machine):
+    """The assembly of a group by function; several tests look at the same one."""
+    return functions(compile_micro(shape, group, machine, assembly=True))
 
 
 def functions(assembly):
@@ -73,7 +84,7 @@ def loops(lines):
 def test_products_of_a_panel_keep_their_sums_in_registers(target, dtype, rows):
     isa, machine, multiply_add, stack = target
     shape = tile.tile_for(dtype, dtype, rows, isa)
-    kernels = functions(compile_micro(shape, "panels", machine, assembly=True))
+    kernels = kernels_of(shape, "panels", machine)
     for name in ("scores", "accumulate"):
         check_products(kernels[name], shape, multiply_add, stack)
 
@@ -83,11 +94,11 @@ def test_products_of_a_panel_keep_their_sums_in_registers(target, dtype, rows):
 def test_products_of_the_backward_pass_keep_their_sums_in_registers(target, dtype, rows):
     isa, machine, multiply_add, stack = target
     shape = tile.backward_tile_for(dtype, dtype, rows, isa)
-    kernels = functions(compile_micro(shape, "panels", machine, assembly=True))
+    kernels = kernels_of(shape, "panels", machine)
     for name in ("scores", "accumulate"):
         check_products(kernels[name], shape, multiply_add, stack)
     # Lanes along the head dim: there is a loop for each number of vectors of columns.
-    lines = functions(compile_micro(shape, "gradients", machine, assembly=True))["products"]
+    lines = kernels_of(shape, "gradients", machine)["products"]
     bodies = [body for body in loops(lines) if any(multiply_add.match(line) for line in body)]
     whole = {2 * rows * vectors for vectors, rows in enumerate(shape.product_rows, start=1)}
     counts = [sum(bool(multiply_add.match(line)) for line in body) for body in bodies]
@@ -114,13 +125,9 @@ MATRIX_PRODUCTS = {
 def matrix_kernels(dtype, rows):
     """For any machine: a processor with AMX is named, none is needed."""
     _, triple, _, _, stack = TARGETS["AVX-512"]
-    try:
-        machine = host_machine("sapphirerapids", "", triple)
-    except RuntimeError:
-        pytest.skip(f"this LLVM knows no {triple}")
     shape = tile.tile_for(dtype, dtype, rows, tile.AMX)
     assert shape.matrix
-    kernels = functions(compile_micro(shape, "matrix", machine, assembly=True))
+    kernels = kernels_of(shape, "matrix", machine("sapphirerapids", triple))
     assert set(GROUPS["matrix"]) <= set(kernels)
     return shape, kernels, stack
 
@@ -189,7 +196,7 @@ def check_products(lines, shape, multiply_add, stack):
 def test_the_softmax_pass_calls_nothing(target, dtype):
     isa, machine, multiply_add, _ = target
     shape = tile.tile_for(dtype, dtype, isa=isa)
-    lines = functions(compile_micro(shape, "common", machine, assembly=True))["weights"]
+    lines = kernels_of(shape, "common", machine)["weights"]
     assert not [line for line in lines if re.match(r"call|bl\s|blr\s", line)]
     # The longest loop is the polynomial, once for each vector of the panel.
     body = max(loops(lines), key=len)
@@ -211,5 +218,4 @@ def test_every_kernel_is_compiled_for_every_vector_unit(target, dtype, out):
     for group, kernels in (GROUPS | BACKWARD_GROUPS).items():
         if group == "matrix" and not isa.matrix:
             continue
-        assembly = compile_micro(shape, group, machine, assembly=True)
-        assert set(kernels) <= set(functions(assembly))
+        assert set(kernels) <= set(kernels_of(shape, group, machine))
