@@ -1,5 +1,6 @@
 """Doctests of what is around optional packages are collected where those are installed."""
 
+import gc
 import os
 from importlib.util import find_spec
 
@@ -10,3 +11,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 collect_ignore = [
     f"fusedattn/interop/{name}.py" for name in ("torch", "jax") if find_spec(name) is None
 ]
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays to the end: spare the garbage collector the search."""
+    gc.freeze()
