@@ -14,7 +14,6 @@ it assigns to the caller's variable. Other variables of a piece are its own.
 from __future__ import annotations
 
 import ast
-import copy
 import inspect
 import textwrap
 from collections.abc import Callable
@@ -68,6 +67,24 @@ def _definition(function: Callable[..., Any]) -> ast.FunctionDef:
     return definition
 
 
+def _copied(tree: Any) -> Any:
+    """Copy a syntax tree, or a list of them.
+
+    Most of a kernel is copies of loops, and `copy.deepcopy` takes several times as long.
+    """
+    if isinstance(tree, list):
+        return [_copied(part) for part in tree]
+    if not isinstance(tree, ast.AST) or not tree._fields:
+        return tree  # what has no parts is never changed
+    made = tree.__class__.__new__(tree.__class__)
+    made.__dict__.update(tree.__dict__)
+    for name in tree._fields:
+        value = made.__dict__.get(name)
+        if isinstance(value, (ast.AST, list)):
+            made.__dict__[name] = _copied(value)
+    return made
+
+
 class _Renamer(ast.NodeTransformer):
     """Puts the caller's arguments in the place of parameters, and new names in that of locals."""
 
@@ -82,7 +99,7 @@ class _Renamer(ast.NodeTransformer):
             if isinstance(node.ctx, ast.Store):
                 assert isinstance(place, ast.Name), f"{node.id} is assigned to, and no name"
                 return ast.copy_location(ast.Name(place.id, ast.Store()), node)
-            return ast.copy_location(copy.deepcopy(place), node)
+            return ast.copy_location(_copied(place), node)
         if node.id in self.locals:
             node.id += self._suffix
         return node
@@ -136,7 +153,8 @@ class _Unroller(ast.NodeTransformer):
     def _piece(self, name: str) -> ast.FunctionDef | None:
         """Return what a name stands for, if that is a piece."""
         if name in self._inner:
-            return copy.deepcopy(self._inner[name])
+            inner: ast.FunctionDef = _copied(self._inner[name])
+            return inner
         function: Any = self._space.get(name)
         if not getattr(function, "inlined", False):
             return None
@@ -167,7 +185,7 @@ class _Unroller(ast.NodeTransformer):
         body: list[Any] = []
         for value in range(*bounds):  # type: ignore[arg-type]
             self._known[node.target.id] = value
-            body += self._written_out(copy.deepcopy(node.body))
+            body += self._written_out(_copied(node.body))
         self._known.pop(node.target.id, None)
         return body or [ast.Pass()]
 
