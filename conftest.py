@@ -14,5 +14,6 @@ collect_ignore = [
 
 
 def pytest_collection_finish() -> None:
-    """What was imported and collected stays to the end: spare the garbage collector the search."""
+    """Spare the garbage collector what stays to the end, and much of what compilers build."""
     gc.freeze()
+    gc.set_threshold(5000)
