@@ -41,6 +41,18 @@ def of_score_mod():
     return user.functions_of(problem)
 
 
+def same(batch, head, q_idx, k_idx, document):
+    """Whether two positions are of one document."""
+    return document[q_idx] == document[k_idx]
+
+
+def of_block_mask(**options):
+    """What a kernel is compiled with for a block mask, and other functions beside it."""
+    q, document = np.zeros((1, 1, 8, 8), np.float32), np.arange(8)
+    mask = make_block_mask(same, None, None, 8, 8, aux=(document,))
+    return user.functions_of(make_problem(q, q, q, block_mask=mask, **options))
+
+
 FEATURES = {
     "softcap": Features(softcap=True),
     "alibi": Features(slopes="float32"),
@@ -51,6 +63,12 @@ FEATURES = {
     "mask-pairs": Features(mask=True, mask_pairs=True),
     "dropout": Features(dropout=True),
     "score-mod": Features(functions=of_score_mod()),
+    "block-mask": Features(functions=of_block_mask()),
+    "block-mask-score-mod": Features(
+        functions=of_block_mask(
+            score_mod=tabled, score_mod_aux=(np.zeros(4, np.float32),)
+        )
+    ),
     "all": Features(
         *(True, "float32", "float32", "float16", True, True, True, True),
         functions=of_score_mod(),
@@ -110,9 +128,6 @@ def functions():
 
     def near(batch, head, q_idx, k_idx):
         return abs(q_idx - k_idx) < 9 * (head + 1)
-
-    def same(batch, head, q_idx, k_idx, document):
-        return document[q_idx] == document[k_idx]
 
     def relative(score, batch, head, q_idx, k_idx, table):
         return math.tanh(score) + table[head, q_idx - k_idx]

@@ -27,7 +27,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from fusedattn import masks
-from fusedattn.cuda import hopper_scores, hopper_values, ptx, user
+from fusedattn.cuda import hopper_blocks, hopper_scores, hopper_values, ptx, user
 from fusedattn.cuda.hopper_scores import NO_KEY, PLAIN, Features
 from fusedattn.cuda.unroll import inlined, unrolled
 
@@ -95,7 +95,12 @@ class Config(NamedTuple):
     @property
     def seen_bytes(self) -> int:
         """Shared memory in which warps tell which keys of a tile they see, of a stage."""
-        return 64 * self.warpgroups if self.features.hides else 0
+        return 64 * self.warpgroups if self.features.hides or self.features.blocks else 0
+
+    @property
+    def turn_bytes(self) -> int:
+        """What the order of the tiles says of one."""
+        return hopper_blocks.TURN_BYTES if self.features.blocks else TURN_BYTES
 
 
 # 64-bit parameters: maps of q, k and v; out, lse (0 for none), the items, the order of the tiles;
@@ -148,7 +153,9 @@ def make(tools: Any, config: Config) -> Any:
     K_FULL = Q_EMPTY + 8 * Q_STAGES
     V_FULL, K_EMPTY, V_EMPTY = (K_FULL + 8 * STAGES * n for n in (1, 2, 3))
     RING = NOTES * NOTE_BYTES - 1
-    SEEN_AT, SEEN_BYTES = V_EMPTY + 8 * STAGES + 15 & -16, config.seen_bytes
+    # Which tile of keys is in a stage, of two rounds: all have read it before it is written again.
+    TOLD = V_EMPTY + 8 * STAGES
+    SEEN_AT, SEEN_BYTES = TOLD + 8 * STAGES + 15 & -16, config.seen_bytes
     SCORES, OUTPUTS, WEIGHTS = KEYS // 2, DIMS_V // 2, KEYS // 4
     K_MAJOR = ptx.descriptor_words(16, 1024)[0]
     MN_MAJOR = ptx.descriptor_words(KV_PANEL, 1024)[0]
@@ -162,8 +169,13 @@ def make(tools: Any, config: Config) -> Any:
     TOUCHED = features.natural or features.hides
     FEATURED = features != PLAIN
     HIDES, SINKS, DROPOUT = features.hides, features.sinks is not None, features.dropout
+    # With a block mask alone, keys are hidden one by one in some tiles.
+    BLOCKS, AT_TIMES = features.blocks, features.blocks and not features.hides
+    TURN, KIND, KIND_BITS = config.turn_bytes, hopper_blocks.KIND, hopper_blocks.KIND_BITS
+    SKIP, FULL, LAST = masks.SKIP, masks.FULL, hopper_blocks.LAST
     sink_of, begin_rows, touch, hide, weigh, drop, finish = hopper_scores.make(tools, config)
     tell_seen, clear_unseen = hopper_values.make(tools, config)
+    ask = hopper_blocks.make(tools, config)
 
     shared_base, load_int, load_long = asm(ptx.SHARED_BASE), asm(ptx.LOAD_INT), asm(ptx.LOAD_LONG)
     store_word, store_float = asm(ptx.STORE_WORD), asm(ptx.STORE_FLOAT)
@@ -266,6 +278,9 @@ def make(tools: Any, config: Config) -> Any:
                 note = int32(shared + NOTE)
                 turn = int32(cuda.blockIdx.x)
                 q_bytes = int32(Q_BYTES)
+                if BLOCKS:
+                    walk, entry, key = order, int32(0), int32(0)
+                    following, after = int32(0), int32(0)
                 if PACKED:
                     q_bytes = int32(int32(PANELS_Q * ROW_BYTES) * unit_heads * seqlen_q)
 
@@ -285,6 +300,32 @@ def make(tools: Any, config: Config) -> Any:
                         first = int32(split * int32(SPLIT_KEYS))
                         key_lo = int32(max(key_lo, first))
                         key_hi = int32(min(key_hi, int32(first + int32(SPLIT_KEYS))))
+                    if BLOCKS:
+                        set_out(at)
+
+                def set_out(at):
+                    # To the last tile of keys that is kept, if there is one.
+                    nonlocal walk, entry, key, key_hi
+                    walk = order + load_long(at + int64(16))
+                    number = int32(int32(key_hi + int32(KEYS - 1)) // int32(KEYS))
+                    entry = load_int(walk + int64(number) * int64(4))
+                    if entry & int32(KIND) == SKIP:
+                        number = int32(entry >> int32(KIND_BITS))
+                        entry = load_int(walk + int64(number) * int64(4))
+                    key = int32((number - int32(1)) * int32(KEYS))
+                    if int32(key + KEYS) <= key_lo:
+                        key_hi = key_lo
+
+                def look_ahead():
+                    # Tell of the tile of keys at hand, and look for the next that is kept.
+                    nonlocal following, after
+                    word = int32(key | (entry & int32(KIND)))
+                    number = int32(entry >> int32(KIND_BITS))
+                    following = int32((number - int32(1)) * int32(KEYS))
+                    after = load_int(walk + int64(number) * int64(4))
+                    if int32(following + KEYS) <= key_lo:
+                        word = int32(word | int32(LAST))
+                    tell(int32(shared + TOLD + 4 * (stage + (phase ^ int32(1)) * STAGES)), word)
 
                 def announce():
                     # What the others need to know of a tile comes with its queries.
@@ -303,7 +344,7 @@ def make(tools: Any, config: Config) -> Any:
                     tell_long(int32(note + 40), load_long(item + int64(16)))
 
                 while turn < turns:
-                    at = order + int64(turn) * int64(TURN_BYTES)
+                    at = order + int64(turn) * int64(TURN)
                     turn = int32(turn + int32(cuda.gridDim.x))
                     batch = load_int(at)
                     if batch < 0:
@@ -323,10 +364,15 @@ def make(tools: Any, config: Config) -> Any:
                         arrive(full)
                     advance(q_stage, q_phase, Q_STAGES)
                     head_kv = int32(head // group_size)
-                    key = int32((key_hi - int32(1)) // int32(KEYS) * int32(KEYS))
+                    if BLOCKS:
+                        pass
+                    else:
+                        key = int32((key_hi - int32(1)) // int32(KEYS) * int32(KEYS))
                     while key_lo < key_hi:
                         full = int32(shared + K_FULL + 8 * stage)
                         wait(int32(shared + K_EMPTY + 8 * stage), phase)
+                        if BLOCKS:
+                            look_ahead()
                         expect(full, int32(K_BYTES))
                         for panel in unrolled(PANELS_Q):
                             load_tile(
@@ -342,8 +388,13 @@ def make(tools: Any, config: Config) -> Any:
                                 v_map, full, int32(panel * PANEL), key, head_kv, batch,
                             )  # fmt: skip
                         advance(stage, phase, STAGES)
-                        key_hi = key
-                        key = int32(key - KEYS)
+                        if BLOCKS:
+                            key, entry = following, after
+                            if int32(key + KEYS) <= key_lo:
+                                key_hi = key_lo
+                        else:
+                            key_hi = key
+                            key = int32(key - KEYS)
                 # There are no more.
                 wait(int32(shared + Q_EMPTY + 8 * q_stage), q_phase)
                 next_note(note)
@@ -385,6 +436,8 @@ def make(tools: Any, config: Config) -> Any:
             note, column = int32(shared + NOTE), int32(0)
             out_item, to, to_lse = int64(0), int64(0), int64(0)
             found = False
+            if BLOCKS:
+                key, kind, told_seen = int32(0), int32(0), False
 
             def my_queries(row_lo, head):
                 # Which query of which head my rows are; none of any head past the last.
@@ -455,15 +508,33 @@ def make(tools: Any, config: Config) -> Any:
                                         else:
                                             store_word(to + int64(i * 8 * OUT_BYTES), int32(0))
 
+            def hear():
+                # Which tile of keys is at hand; there are no others below the last one.
+                nonlocal key, kind, key_lo
+                word = told(int32(shared + TOLD + 4 * (stage + phase * STAGES)))
+                key, kind = int32(word & int32(-16)), int32(word & int32(KIND))
+                if word & int32(LAST) != 0:
+                    key_lo = key
+
             def begin():
                 begin_scores(
                     scores, int32(q_places + q_stage * Q_STEP), int32(k_places + stage * K_STEP)
                 )
 
+            def clear(of):
+                # Of the values of a tile, those that no row sees.
+                clear_unseen(
+                    int32(shared + V_AT + of * V_BYTES),
+                    int32(shared + SEEN_AT + of * SEEN_BYTES), key, key_lo, key_hi, words, some,
+                )  # fmt: skip
+
             def look():
                 # From products to weights, those of the tile of keys at hand.
+                nonlocal told_seen
                 column = int32(0)
                 cut = key < all_lo or int32(key + KEYS) > all_hi
+                if BLOCKS:
+                    cut = cut or kind != int32(FULL)
                 if FEATURED:
                     first_column(column)
                 if cut:
@@ -490,7 +561,18 @@ def make(tools: Any, config: Config) -> Any:
                     )  # fmt: skip
                 if cut:
                     hide(scores, key, column, low, high)
-                tell_seen(scores, int32(shared + SEEN_AT + stage * SEEN_BYTES))
+                if BLOCKS:
+                    if kind != int32(FULL):
+                        ask(
+                            scores, key, column, kind, low, high, query, query_head, item_batch,
+                            *extra,
+                        )  # fmt: skip
+                if AT_TIMES:
+                    told_seen = cut
+                    if cut:
+                        tell_seen(scores, int32(shared + SEEN_AT + stage * SEEN_BYTES))
+                else:
+                    tell_seen(scores, int32(shared + SEEN_AT + stage * SEEN_BYTES))
                 weigh(scores, row_max, row_sum, rescale, scale_log2)
                 if DROPOUT:
                     drop(
@@ -527,7 +609,10 @@ def make(tools: Any, config: Config) -> Any:
                 )  # fmt: skip
                 for i in unrolled(OUTPUTS):
                     outputs[i] = float32(0)
-                key = int32((key_hi - int32(1)) // int32(KEYS) * int32(KEYS))
+                if BLOCKS:
+                    hear()
+                else:
+                    key = int32((key_hi - int32(1)) // int32(KEYS) * int32(KEYS))
                 look()
                 for i in unrolled(WEIGHTS):
                     weights[i] = pack(scores[2 * i], scores[2 * i + 1])
@@ -538,16 +623,19 @@ def make(tools: Any, config: Config) -> Any:
                     wait(int32(shared + K_FULL + 8 * stage), phase)
                     begin()
                     wait(int32(shared + V_FULL + 8 * before), phase_before)
-                    clear_unseen(
-                        int32(shared + V_AT + before * V_BYTES),
-                        int32(shared + SEEN_AT + before * SEEN_BYTES), key, key_lo, key_hi,
-                        words, some,
-                    )  # fmt: skip
+                    if AT_TIMES:
+                        if told_seen:
+                            clear(before)
+                    else:
+                        clear(before)
                     begin_outputs(outputs, weights, int32(v_places + before * V_STEP))
                     scores_ready(scores)
                     if leader:
                         arrive(int32(shared + K_EMPTY + 8 * stage))
-                    key = int32(key - KEYS)
+                    if BLOCKS:
+                        hear()
+                    else:
+                        key = int32(key - KEYS)
                     look()
                     outputs_ready(outputs)
                     if leader:
@@ -561,11 +649,11 @@ def make(tools: Any, config: Config) -> Any:
                     arrive(int32(shared + Q_EMPTY + 8 * q_stage))
                 advance(q_stage, q_phase, Q_STAGES)
                 wait(int32(shared + V_FULL + 8 * stage), phase)
-                clear_unseen(
-                    int32(shared + V_AT + stage * V_BYTES),
-                    int32(shared + SEEN_AT + stage * SEEN_BYTES), key, key_lo, key_hi,
-                    words, some,
-                )  # fmt: skip
+                if AT_TIMES:
+                    if told_seen:
+                        clear(stage)
+                else:
+                    clear(stage)
                 begin_outputs(outputs, weights, int32(v_places + stage * V_STEP))
                 # The first scores of the next tile are made while the outputs of this one are
                 # finished and written; after the last tile nobody looks at what is made.

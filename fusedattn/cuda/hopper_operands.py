@@ -63,8 +63,6 @@ def _in_pairs(array: Array, itemsize: int) -> bool:
 def unsupported(problem: AttentionProblem) -> list[str]:
     """Reasons why the kernel does not take the features of a problem."""
     reasons = []
-    if problem.block_mask is not None:
-        reasons.append("block_mask is not implemented in it")
     if problem.softcap is not None and not 2.0**-_LIMIT < problem.softcap < 2.0**_LIMIT:
         reasons.append("softcap is far from 1")
     return reasons

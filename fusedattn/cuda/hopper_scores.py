@@ -65,8 +65,14 @@ class Features(NamedTuple):
 
     @property
     def hides(self) -> bool:
-        """Whether keys are hidden one by one, and not by intervals alone."""
-        return self.mask or self.bias is not None or self.functions is not None
+        """Whether keys are hidden one by one in every tile, and not by intervals alone."""
+        score_mod = self.functions is not None and self.functions.score_mod is not None
+        return self.mask or self.bias is not None or score_mod
+
+    @property
+    def blocks(self) -> bool:
+        """Whether there is a block mask: tiles are skipped, and keys of some are hidden."""
+        return self.functions is not None and self.functions.predicate is not None
 
 
 PLAIN = Features()

@@ -33,7 +33,7 @@ def make(tools: Any, config: Any) -> Pieces:
     KEYS, SCORES = config.block_k, config.block_k // 2
     WARPS = 4 * config.warpgroups
     CONSUMERS, CHUNKS = config.threads - 128, config.block_k * config.dims_v // 8
-    HIDES = config.features.hides
+    TELLS = config.features.hides or config.features.blocks
     # A word that says "seen" of all its keys.
     ALL_SEEN = (1 << KEYS // 4) - 1 if KEYS < 128 else -1
 
@@ -45,7 +45,7 @@ def make(tools: Any, config: Any) -> Pieces:
 
     @inlined
     def tell_seen(scores, seen_at):
-        if HIDES:
+        if TELLS:
             seen = int32(0)
             for i in unrolled(SCORES // 4):
                 for j in unrolled(2):
@@ -61,7 +61,7 @@ def make(tools: Any, config: Any) -> Pieces:
 
     @inlined
     def clear_unseen(values, seen_at, key, key_lo, key_hi, words, some):
-        if HIDES:
+        if TELLS:
             for i in unrolled(4):
                 words[i] = int32(0)
             warps_meet()

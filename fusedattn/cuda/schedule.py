@@ -34,6 +34,7 @@ def schedule(
     *,
     packed: bool = False,
     split_keys: int = 0,
+    kept: NDArray[np.bool_] | None = None,
 ) -> Array:
     """Return ``(turns, blocks, 4)``: batch item, first head, first row and split of each tile.
 
@@ -49,6 +50,9 @@ def schedule(
         Whether a tile holds all queries of several heads.
     split_keys : int
         Keys of a split, 0 where they are not split.
+    kept : ndarray of bool, (batch, units, tiles of rows, tiles of keys), optional
+        Which tiles of keys a tile of rows walks; a unit is the heads of a tile. Axes of batch and
+        units have length 1 where all are alike.
 
     Returns
     -------
@@ -72,19 +76,27 @@ def schedule(
     unit, block, split = unit[order], block[order], split[order]
     batch, head = np.divmod(unit * together, problem.num_heads)
     tiles = np.stack([batch, head, block * block_q, split], axis=-1).astype(np.int32)
-    costs = _costs(problem, tile, row_blocks, split_keys or max(1, problem.seqlen_k), splits)
-    return _shared_out(tiles, costs[batch, block, split], min(len(tiles), multiprocessors))
+    low, high = _runs(problem, tile, row_blocks, split_keys or max(1, problem.seqlen_k), splits)
+    low, high = low[batch, block, split], high[batch, block, split]
+    counts = high - low
+    if kept is not None:
+        before = np.zeros((*kept.shape[:3], kept.shape[3] + 1), np.int32)
+        np.cumsum(kept, axis=-1, out=before[..., 1:])
+        place = (batch if kept.shape[0] > 1 else 0, head // together if kept.shape[1] > 1 else 0)
+        counts = before[*place, block, high] - before[*place, block, low]
+    costs = np.where(counts > 0, counts + _AROUND, _AROUND / 2)
+    return _shared_out(tiles, costs, min(len(tiles), multiprocessors))
 
 
-def _costs(
+def _runs(
     problem: AttentionProblem, tile: tuple[int, int], row_blocks: int, run: int, splits: int
-) -> NDArray[np.float64]:
-    """Cost of a tile for each batch item, block of rows and run of keys, in tiles of keys."""
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """First and last tile of keys, for each batch item, block of rows and run of keys."""
     k_from, k_to = relative_bounds(problem.causal, problem.window_size, 0)
     offset, *lengths = problem.q_offset, problem.seqused_q, problem.seqused_k
     bounds = np.stack([offset + k_from, offset + k_to, *lengths], axis=-1)
     kinds, kind = np.unique(bounds.reshape(-1, 4), axis=0, return_inverse=True)
-    costs = np.empty((len(kinds), row_blocks, splits))
+    runs = np.empty((2, len(kinds), row_blocks, splits), np.int64)
     starts = np.arange(splits) * run
     for index, bound in enumerate(kinds.tolist()):
         for block in range(row_blocks):
@@ -92,9 +104,9 @@ def _costs(
             first = block * tile[0]
             lo, hi = block_interval(first, min(first + tile[0], problem.seqlen_q), *bound)
             low, high = np.maximum(lo, starts), np.minimum(hi, starts + run)
-            count = -(-high // tile[1]) - low // tile[1]
-            costs[index, block] = np.where(low < high, count + _AROUND, _AROUND / 2)
-    return costs[kind.ravel()]
+            count = np.where(low < high, -(-high // tile[1]) - low // tile[1], 0)
+            runs[:, index, block] = low // tile[1], low // tile[1] + count
+    return runs[0, kind.ravel()], runs[1, kind.ravel()]
 
 
 def _shared_out(tiles: Array, costs: NDArray[np.float64], blocks: int) -> Array:

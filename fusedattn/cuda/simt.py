@@ -111,10 +111,12 @@ def make(tools: Any, config: Config) -> Any:
     has_bias, has_mask, has_dropout = config.bias is not None, config.mask, config.dropout
     has_softcap, has_slopes = config.softcap, config.slopes is not None
     has_sinks, has_splits, SPLIT = config.sinks is not None, config.split > 0, config.split
-    of_user = user.DeviceFunctions(None, None, None, None)
+    of_user = user.DeviceFunctions()
     if config.functions is not None:
         of_user = user.device_functions(tools, config.functions, real)
-    modify, shows, kind_at, keys_of = of_user
+    modify, shows, kind_at, keys_of = (
+        of_user.modify, of_user.shows, of_user.kind_at, of_user.keys,
+    )  # fmt: skip
     has_score_mod, has_block_mask = modify is not None, shows is not None
     SKIP, FULL = masks.SKIP, masks.FULL
     plain = not (has_bias or has_mask or has_dropout or has_score_mod)

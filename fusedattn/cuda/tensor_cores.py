@@ -10,7 +10,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fusedattn.cuda import combine, compiler, driver, hopper, hopper_operands, user
+from fusedattn.cuda import (
+    combine,
+    compiler,
+    driver,
+    hopper,
+    hopper_blocks,
+    hopper_operands,
+    user,
+)
 from fusedattn.cuda.hopper_scores import PLAIN, Features
 from fusedattn.cuda.launch import slots_of
 from fusedattn.cuda.params import SPLIT_KEYS, SPLIT_QUERIES, lengths_of, span_of, unit_heads
@@ -79,7 +87,7 @@ def config_of(problem: AttentionProblem) -> hopper.Config:
 
 def tiles_for(features: Features) -> dict[tuple[int, int], tuple[int, int, int]]:
     """Return the tiles for many queries."""
-    if features.hides:
+    if features.hides or features.blocks:
         return _HIDING_TILES
     return _TILES if features == PLAIN else _FEATURED_TILES
 
@@ -196,16 +204,12 @@ class Launch(NamedTuple):
     """What a launch is given besides addresses."""
 
     config: hopper.Config
-    order: Array  # see `schedule`
+    order: Array  # see `schedule`, and `hopper_blocks.order_with`
+    grid: int  # blocks of threads
     splits: int
     out_item: int  # bytes of a batch item of a partial result
     numbers: tuple[int | float, ...]
     operands: tuple[int | float, ...]  # numbers that features ask for
-
-    @property
-    def grid(self) -> int:
-        """Blocks of threads."""
-        return int(self.order.shape[1])
 
     def arguments(
         self, maps: int, addresses: Mapping[str, int], tables: tuple[int, int, int]
@@ -225,9 +229,15 @@ class Launch(NamedTuple):
 def launch_of(problem: AttentionProblem, config: hopper.Config, multiprocessors: int) -> Launch:
     """Return how a problem is shared out."""
     tile = config.block_q, config.block_k
+    packed, split_keys = config.packed, config.split_keys
+    together = unit_heads(problem, config.block_q) if packed else 1
+    walks = None
+    if problem.block_mask is not None:
+        walks = hopper_blocks.walks_of(problem.block_mask, tile, together, packed=packed)
     order = schedule(
-        problem, tile, multiprocessors, packed=config.packed, split_keys=config.split_keys
-    )
+        problem, tile, multiprocessors, packed=packed, split_keys=split_keys,
+        kept=None if walks is None else hopper_blocks.is_kept(walks),
+    )  # fmt: skip
     splits = -(-problem.seqlen_k // config.split_keys) if config.split_keys else 1
     if splits > 1:  # partial results, one split after the other
         row = problem.head_dim_v * 4
@@ -235,7 +245,6 @@ def launch_of(problem: AttentionProblem, config: hopper.Config, multiprocessors:
     else:
         assert problem.out is not None
         *_, head, row, _ = problem.out.strides
-    together = unit_heads(problem, config.block_q) if config.packed else 1
     numbers = (
         *(head, row, problem.batch_size * problem.num_heads * problem.seqlen_q),
         *(problem.num_heads, problem.group_size, problem.seqlen_q, problem.head_dim_v, together),
@@ -245,7 +254,10 @@ def launch_of(problem: AttentionProblem, config: hopper.Config, multiprocessors:
         ),
     )
     operands = hopper_operands.numbers_of(problem)
-    return Launch(config, order, splits, problem.num_heads * head, numbers, operands)
+    grid = order.shape[1]
+    if walks is not None:
+        order = hopper_blocks.order_with(order, walks, together, config.block_q)
+    return Launch(config, order, grid, splits, problem.num_heads * head, numbers, operands)
 
 
 class Prepared:
@@ -266,7 +278,9 @@ class Prepared:
         self._places = driver.upload(where, hopper_operands.place_table(problem))
         self._functions: user.Operands | None = None
         if launch.config.features.functions is not None:
-            self._functions = user.Operands(launch.config.features.functions, None, where)
+            self._functions = user.Operands(
+                launch.config.features.functions, problem.block_mask, where
+            )
         self._combine = None
         if launch.splits > 1:
             span = span_of(problem.out) if problem.out is not None else None

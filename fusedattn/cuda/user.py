@@ -151,10 +151,13 @@ class Operands:
 class DeviceFunctions(NamedTuple):
     """What a kernel calls; ``extra`` are its further parameters."""
 
-    modify: Any  # (score, batch, head, q_idx, k_idx, *extra) -> score
-    shows: Any  # (batch, head, q_idx, k_idx, *extra) -> bool
-    kind_at: Any  # (batch, head, q_idx, k_idx, *extra) -> SKIP, FULL or EDGE of the block there
-    keys: Any  # (*extra) -> keys of a block
+    modify: Any = None  # (score, batch, head, q_idx, k_idx, *extra) -> score
+    shows: Any = None  # (batch, head, q_idx, k_idx, *extra) -> bool
+    asks: Any = None  # the same in partial blocks, by the function alone
+    kind_at: Any = None  # (batch, head, q_idx, k_idx, *extra) -> SKIP, FULL or EDGE of the block
+    place_of: Any = None  # (batch, head, q_idx, *extra) -> where the kinds of a row's blocks begin
+    kind_in: Any = None  # (place, block of keys, *extra) -> the same as `kind_at`
+    keys: Any = None  # (*extra) -> keys of a block
 
 
 def device_functions(tools: Any, functions: Functions, real: Any) -> DeviceFunctions:
@@ -192,12 +195,16 @@ def device_functions(tools: Any, functions: Functions, real: Any) -> DeviceFunct
         space[name] = tools.device(space[name])
         return space[name]
 
-    modify = shows = None
+    modify = shows = asks = None
+    place_of = made(
+        "place_of", f"batch, head, row, {extra}",
+        f"place = batch * tables[{_ITEM}] + head * tables[{_HEAD}]",
+        f"return place + row // tables[{_ROWS}] * tables[{_BLOCK_ROW}]",
+    )  # fmt: skip
+    kind_in = made("kind_in", f"place, block, {extra}", "return int64(kinds[unsigned(place + block)])")
     kind_at = made(
         "kind_at", f"{where}, {extra}",
-        f"place = batch * tables[{_ITEM}] + head * tables[{_HEAD}]",
-        f"place += row // tables[{_ROWS}] * tables[{_BLOCK_ROW}] + key // tables[{_KEYS}]",
-        "return int64(kinds[unsigned(place)])",
+        f"return kind_in(place_of(batch, head, row, {extra}), key // tables[{_KEYS}], {extra})",
     )  # fmt: skip
     keys = made("keys_of", extra, f"return tables[{_KEYS}]")
     first_leaf = 0
@@ -210,15 +217,19 @@ def device_functions(tools: Any, functions: Functions, real: Any) -> DeviceFunct
         )  # fmt: skip
     if functions.predicate is not None:
         places = iter(range(first_leaf, len(given)))
+        asks = made(
+            "asks", f"{where}, {extra}",
+            f"return {_expression(functions.predicate, places, given)}",
+        )  # fmt: skip
         shows = made(
             "shows", f"{where}, {extra}",
             f"kind = kind_at({where}, {extra})",
             f"seen = kind == {FULL}",
             f"if kind == {EDGE}:",
-            f"    seen = {_expression(functions.predicate, places, given)}",
+            f"    seen = asks({where}, {extra})",
             "return seen",
         )  # fmt: skip
-    return DeviceFunctions(modify, shows, kind_at, keys)
+    return DeviceFunctions(modify, shows, asks, kind_at, place_of, kind_in, keys)
 
 
 def _expression(part: Predicate, places: Any, given: dict[int, str]) -> str:

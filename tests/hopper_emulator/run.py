@@ -125,7 +125,7 @@ def forward(problem, *, tile=small, made=kernel_for, schedule=None):
     }
     out = np.empty(problem.out_shape, problem.out_dtype)
     problem = replace(problem, **held, **others, out=out)
-    if problem.out.size == 0 and problem.block_mask is None:
+    if problem.out.size == 0:
         return Result(problem.out, np.empty(problem.lse_shape, np.float32))
     if reasons := tensor_cores.unsupported(problem):
         raise NotImplementedError("; ".join(reasons))
@@ -181,7 +181,8 @@ def _launch(problem, held, out, lse, launch, made, schedule):
     ]
     functions = launch.config.features.functions
     if functions is not None:
-        typed += [user.kind_table(None), user.word_table(functions, None)]
+        typed += [user.kind_table(problem.block_mask)]
+        typed += [user.word_table(functions, problem.block_mask)]
         typed += user.host_tables(functions, np.dtype(np.float32))
     tools.launch(kernel, launch.grid, launch.config, memory, typed, schedule)
 
