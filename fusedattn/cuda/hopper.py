@@ -437,7 +437,7 @@ def make(tools: Any, config: Config) -> Any:
             out_item, to, to_lse = int64(0), int64(0), int64(0)
             found = False
             if BLOCKS:
-                key, kind, told_seen = int32(0), int32(0), False
+                key, word = int32(0), int32(0)
 
             def my_queries(row_lo, head):
                 # Which query of which head my rows are; none of any head past the last.
@@ -510,9 +510,10 @@ def make(tools: Any, config: Config) -> Any:
 
             def hear():
                 # Which tile of keys is at hand; there are no others below the last one.
-                nonlocal key, kind, key_lo
+                nonlocal key, word, key_lo
                 word = told(int32(shared + TOLD + 4 * (stage + phase * STAGES)))
-                key, kind = int32(word & int32(-16)), int32(word & int32(KIND))
+                key = int32(word & int32(-16))
+                key_lo = int32(key - int32(1))
                 if word & int32(LAST) != 0:
                     key_lo = key
 
@@ -522,19 +523,27 @@ def make(tools: Any, config: Config) -> Any:
                 )
 
             def clear(of):
-                # Of the values of a tile, those that no row sees.
-                clear_unseen(
-                    int32(shared + V_AT + of * V_BYTES),
-                    int32(shared + SEEN_AT + of * SEEN_BYTES), key, key_lo, key_hi, words, some,
-                )  # fmt: skip
+                # Of the values of the tile of keys at hand, those that no row sees.
+                if AT_TIMES:
+                    if key < all_lo or int32(key + KEYS) > all_hi or word & int32(KIND) != int32(FULL):
+                        clear_unseen(
+                            int32(shared + V_AT + of * V_BYTES),
+                            int32(shared + SEEN_AT + of * SEEN_BYTES), key, key_lo, key_hi,
+                            words, some,
+                        )  # fmt: skip
+                else:
+                    clear_unseen(
+                        int32(shared + V_AT + of * V_BYTES),
+                        int32(shared + SEEN_AT + of * SEEN_BYTES), key, key_lo, key_hi,
+                        words, some,
+                    )  # fmt: skip
 
             def look():
                 # From products to weights, those of the tile of keys at hand.
-                nonlocal told_seen
                 column = int32(0)
                 cut = key < all_lo or int32(key + KEYS) > all_hi
                 if BLOCKS:
-                    cut = cut or kind != int32(FULL)
+                    cut = cut or word & int32(KIND) != int32(FULL)
                 if FEATURED:
                     first_column(column)
                 if cut:
@@ -562,13 +571,13 @@ def make(tools: Any, config: Config) -> Any:
                 if cut:
                     hide(scores, key, column, low, high)
                 if BLOCKS:
-                    if kind != int32(FULL):
+                    if word & int32(KIND) != int32(FULL):
+                        kind = int32(word & int32(KIND))
                         ask(
                             scores, key, column, kind, low, high, query, query_head, item_batch,
                             *extra,
                         )  # fmt: skip
                 if AT_TIMES:
-                    told_seen = cut
                     if cut:
                         tell_seen(scores, int32(shared + SEEN_AT + stage * SEEN_BYTES))
                 else:
@@ -623,11 +632,7 @@ def make(tools: Any, config: Config) -> Any:
                     wait(int32(shared + K_FULL + 8 * stage), phase)
                     begin()
                     wait(int32(shared + V_FULL + 8 * before), phase_before)
-                    if AT_TIMES:
-                        if told_seen:
-                            clear(before)
-                    else:
-                        clear(before)
+                    clear(before)
                     begin_outputs(outputs, weights, int32(v_places + before * V_STEP))
                     scores_ready(scores)
                     if leader:
@@ -649,11 +654,7 @@ def make(tools: Any, config: Config) -> Any:
                     arrive(int32(shared + Q_EMPTY + 8 * q_stage))
                 advance(q_stage, q_phase, Q_STAGES)
                 wait(int32(shared + V_FULL + 8 * stage), phase)
-                if AT_TIMES:
-                    if told_seen:
-                        clear(stage)
-                else:
-                    clear(stage)
+                clear(stage)
                 begin_outputs(outputs, weights, int32(v_places + stage * V_STEP))
                 # The first scores of the next tile are made while the outputs of this one are
                 # finished and written; after the last tile nobody looks at what is made.

@@ -142,32 +142,27 @@ def make(tools: Any, config: Any) -> Any:
     @inlined
     def ask(scores, key, column, kind, low, high, query, query_head, batch, *extra):
         # Hide what the mask hides. Keys outside a row's interval are hidden already: in their place
-        # another one is asked about, and the first row of the first head in that of nobody's rows.
+        # another one is asked about.
         seen = cuda.local.array(2, int32)
-        row = cuda.local.array(2, int32)
-        head = cuda.local.array(2, int32)
-        place = cuda.local.array(2, int64)
+        place = cuda.local.array(2, int32)
         block_keys = int32(1)
         if kind == int32(MIXED):
             block_keys = int32(keys_of(*extra))
         for h in unrolled(2):
-            seen[h], row[h], head[h], place[h] = int32(0), query[h], query_head[h], int64(0)
-            if low[h] >= high[h]:
-                row[h], head[h] = int32(0), int32(0)
-            if kind == int32(MIXED):
-                place[h] = place_of(batch, head[h], row[h], *extra)
+            seen[h], place[h] = int32(0), int32(0)
+            if kind == int32(MIXED) and low[h] < high[h]:
+                place[h] = int32(place_of(batch, query_head[h], query[h], *extra))
         turn = int32(0)
-        while turn < int32(SCORES // 4):
-            for j in unrolled(2):
-                for h in unrolled(2):
-                    at = int32(key + column + turn * int32(8) + int32(j))
-                    at = int32(min(max(at, low[h]), max(int32(high[h] - 1), int32(0))))
-                    shown = asks(batch, head[h], row[h], at, *extra)
-                    if kind == int32(MIXED):
-                        own = kind_in(place[h], int32(at // block_keys), *extra)
-                        shown = (shown and own == EDGE) or own == FULL
-                    if shown:
-                        seen[h] = int32(seen[h] | int32(int32(1) << int32(2 * turn + j)))
+        while turn < int32(SCORES // 2):
+            at = int32(key + column + int32(turn >> int32(1)) * int32(8) + int32(turn & int32(1)))
+            for h in unrolled(2):
+                near = int32(min(max(at, low[h]), max(int32(high[h] - 1), int32(0))))
+                shown = asks(batch, query_head[h], query[h], near, *extra)
+                if kind == int32(MIXED):
+                    own = kind_in(place[h], int32(near // block_keys), *extra)
+                    shown = (shown and own == EDGE) or own == FULL
+                if shown:
+                    seen[h] = int32(seen[h] | int32(int32(1) << turn))
             turn = int32(turn + 1)
         for i in unrolled(SCORES):
             if (seen[i % 4 // 2] >> int32(i // 4 * 2 + i % 2)) & int32(1) == 0:
