@@ -65,9 +65,7 @@ FEATURES = {
     "score-mod": Features(functions=of_score_mod()),
     "block-mask": Features(functions=of_block_mask()),
     "block-mask-score-mod": Features(
-        functions=of_block_mask(
-            score_mod=tabled, score_mod_aux=(np.zeros(4, np.float32),)
-        )
+        functions=of_block_mask(score_mod=tabled, score_mod_aux=(np.zeros(4, np.float32),))
     ),
     "all": Features(
         *(True, "float32", "float32", "float16", True, True, True, True),

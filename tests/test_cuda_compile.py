@@ -68,7 +68,7 @@ def assert_in_registers(report):
     assert (report["stack"], report["spills"], report["warnings"]) == (0, 0, [])
 
 
-@pytest.mark.parametrize("feature", ["bias-pairs"])
+@pytest.mark.parametrize("feature", ["block-mask"])
 def test_hopper_kernels_with_a_feature_keep_everything_in_registers(feature):
     name = f"hopper-128-128-{feature}"
     assert_in_registers(compiled("numba-cuda-mlir", "sm_90a", name)[name])
@@ -78,7 +78,10 @@ def test_hopper_kernels_with_a_feature_keep_everything_in_registers(feature):
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128)])
 @pytest.mark.parametrize(
     "feature",
-    ["softcap", "alibi", "sinks", "bias", "bias-pairs", "mask", "mask-pairs", "score-mod"],
+    [
+        *("softcap", "alibi", "sinks", "bias", "bias-pairs", "mask", "mask-pairs", "score-mod"),
+        *("block-mask", "block-mask-score-mod"),
+    ],
 )
 def test_hopper_kernels_with_other_features_keep_everything_in_registers(dims, feature):
     name = f"hopper-{dims[0]}-{dims[1]}-{feature}"

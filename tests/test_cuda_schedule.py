@@ -47,3 +47,16 @@ def test_a_section_of_heads_is_done_before_the_next():
     case = problem(1, 8, 8, 1 << 16, 1 << 16)  # 16 MiB of keys and values a head
     heads = schedule(case, (128, 128), 132)[..., 1].ravel()
     assert (np.diff(heads[heads >= 0]) >= 0).all()
+
+
+def test_tiles_of_keys_that_a_block_mask_skips_cost_nothing():
+    case = problem(1, 16, 4, 4096, 4096, causal=True)
+    kept = np.random.default_rng(5).random((1, 16, 32, 32)) < np.linspace(0, 1, 32)[:, None]
+    table = schedule(case, (128, 128), 132, kept=kept)
+    seen = np.tril(np.ones((32, 32), bool)) & kept[0]
+    counts = seen.sum(axis=-1)[table[..., 1], table[..., 2] // 128]
+    costs = np.where(counts > 0, counts + _AROUND, _AROUND / 2)
+    work = np.where(table[..., 0] >= 0, costs, 0).sum(axis=0)
+    assert work.max() < 1.1 * work.mean()
+    unaware = np.where(table[..., 0] >= 0, table[..., 2] / 128, 0).sum(axis=0)
+    assert unaware.max() > 1.2 * unaware.mean()

@@ -525,7 +525,8 @@ def make(tools: Any, config: Config) -> Any:
             def clear(of):
                 # Of the values of the tile of keys at hand, those that no row sees.
                 if AT_TIMES:
-                    if key < all_lo or int32(key + KEYS) > all_hi or word & int32(KIND) != int32(FULL):
+                    cut = key < all_lo or int32(key + KEYS) > all_hi
+                    if cut or word & int32(KIND) != int32(FULL):
                         clear_unseen(
                             int32(shared + V_AT + of * V_BYTES),
                             int32(shared + SEEN_AT + of * SEEN_BYTES), key, key_lo, key_hi,

@@ -6,8 +6,8 @@ that the thread that loads passes over any number of empty tiles in one step. It
 lengths, which may change from call to call: the kernel cuts it to the keys that rows see.
 
 Where all blocks of a tile are partial, the mask's function is asked about each pair. Where they are
-of several kinds, the kind of a pair's own block comes first, as in the other kernels. What was found
-out is held as bits: the function is compiled once, in a loop that touches no score.
+of several kinds, the kind of a pair's own block comes first, as in the other kernels. The answers
+are held as bits: the function is compiled once, in a loop that touches no score.
 """
 
 # "not a == b" is true of NaN with every compiler; "a != b" is not.
@@ -42,7 +42,6 @@ LAST = 1 << KIND_BITS
 # What the order of the tiles says of one where there are walks: what it says without, and where its
 # walk begins, in bytes from the beginning of the order.
 TURN_BYTES = 32
-_BITS = {1 << SKIP: SKIP, 1 << FULL: FULL, 1 << EDGE: EDGE}
 
 
 def walks_of(mask: BlockMask, tile: tuple[int, int], heads: int, *, packed: bool) -> Walks:
@@ -73,11 +72,11 @@ def walks_of(mask: BlockMask, tile: tuple[int, int], heads: int, *, packed: bool
     walks = np.zeros(shape, np.int32)
     numbers = np.arange(shape[-1], dtype=np.int32)
     kind_of = np.full(8, MIXED, np.int32)
-    for bits, kind in _BITS.items():
-        kind_of[bits] = kind
+    for kind in (SKIP, FULL, EDGE):
+        kind_of[1 << kind] = kind
     for batch, unit in np.ndindex(batches, units):
         own = kinds[batch, unit * heads : (unit + 1) * heads]
-        bits = np.bitwise_or.reduce(np.left_shift(1, own, dtype=np.uint8), axis=0)
+        bits: NDArray[np.uint8] = np.bitwise_or.reduce(np.left_shift(1, own, dtype=np.uint8), 0)
         bits = _over(bits, mask.seqlen_q, row_tile, mask.block[0], axis=0)
         bits = _over(bits, mask.seqlen_k, tile[1], mask.block[1], axis=1)
         found = walks[batch, unit]
@@ -98,12 +97,13 @@ def _over(
     padding[axis] = (0, 1)  # an end may not be the length itself
     every_other = np.arange(0, len(ends), 2)
     joined = np.bitwise_or.reduceat(np.pad(bits, padding), ends, axis=axis)
-    return joined.take(every_other, axis=axis)  # type: ignore[no-any-return]
+    return joined.take(every_other, axis=axis)
 
 
 def is_kept(walks: Walks) -> NDArray[np.bool_]:
     """Whether a tile of keys is walked, ``(batch, units, tiles of rows, tiles of keys)``."""
-    return (walks[..., 1:] & KIND) != SKIP  # type: ignore[no-any-return]
+    kept: NDArray[np.bool_] = (walks[..., 1:] & KIND) != SKIP
+    return kept
 
 
 def order_with(order: Walks, walks: Walks, heads: int, block_q: int) -> Walks:
@@ -134,10 +134,12 @@ def make(tools: Any, config: Any) -> Any:
     int32, int64, float32 = types.int32, types.int64, types.float32
     functions: user.Functions | None = config.features.functions
     SCORES = config.block_k // 2
-    asks = kind_in = place_of = keys_of = None
+    of_user = user.DeviceFunctions()
     if functions is not None and functions.predicate is not None:
-        made = user.device_functions(tools, functions, float32)
-        asks, kind_in, place_of, keys_of = made.asks, made.kind_in, made.place_of, made.keys
+        of_user = user.device_functions(tools, functions, float32)
+    asks, kind_in, place_of, keys_of = (
+        of_user.asks, of_user.kind_in, of_user.place_of, of_user.keys,
+    )  # fmt: skip
 
     @inlined
     def ask(scores, key, column, kind, low, high, query, query_head, batch, *extra):

@@ -63,6 +63,8 @@ def _in_pairs(array: Array, itemsize: int) -> bool:
 def unsupported(problem: AttentionProblem) -> list[str]:
     """Reasons why the kernel does not take the features of a problem."""
     reasons = []
+    if problem.block_mask is not None and problem.block_mask.kinds.size >= 2**31:
+        reasons.append("block_mask has 2**31 blocks or more")
     if problem.softcap is not None and not 2.0**-_LIMIT < problem.softcap < 2.0**_LIMIT:
         reasons.append("softcap is far from 1")
     return reasons

@@ -47,6 +47,8 @@ _HIDING_TILES = {
     (192, 128): (2, 64, 2),
     (256, 256): (2, 64, 2),
 }
+# The same with a block mask and nothing else: most tiles are then as plain as without.
+_BLOCK_TILES = {**_FEATURED_TILES, (256, 256): (2, 64, 2)}
 # The same for few queries, where bytes under way count and nothing else.
 _FEW_TILES = {
     (64, 64): (1, 128, 4),
@@ -75,7 +77,7 @@ def config_of(problem: AttentionProblem) -> hopper.Config:
     if problem.seqlen_q > SPLIT_QUERIES:
         tiles = tiles_for(features)
         cut = problem.causal or problem.window_size != (None, None)
-        if cut and problem.seqlen_k <= _SHORT and not features.hides:
+        if cut and problem.seqlen_k <= _SHORT and not (features.hides or features.blocks):
             tiles = tiles | _SHORT_TILES
         config = hopper.Config(storage, out_storage, *dims, *tiles[dims], features=features)
         return config._replace(packed=unit_heads(problem, config.block_q) > 1)
@@ -88,7 +90,8 @@ def config_of(problem: AttentionProblem) -> hopper.Config:
 def tiles_for(features: Features) -> dict[tuple[int, int], tuple[int, int, int]]:
     """Return the tiles for many queries."""
     if features.hides or features.blocks:
-        return _HIDING_TILES
+        alone = not features.hides and features == Features(functions=features.functions)
+        return _BLOCK_TILES if alone else _HIDING_TILES
     return _TILES if features == PLAIN else _FEATURED_TILES
 
 

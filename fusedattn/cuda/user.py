@@ -201,7 +201,9 @@ def device_functions(tools: Any, functions: Functions, real: Any) -> DeviceFunct
         f"place = batch * tables[{_ITEM}] + head * tables[{_HEAD}]",
         f"return place + row // tables[{_ROWS}] * tables[{_BLOCK_ROW}]",
     )  # fmt: skip
-    kind_in = made("kind_in", f"place, block, {extra}", "return int64(kinds[unsigned(place + block)])")
+    kind_in = made(
+        "kind_in", f"place, block, {extra}", "return int64(kinds[unsigned(place + block)])"
+    )
     kind_at = made(
         "kind_at", f"{where}, {extra}",
         f"return kind_in(place_of(batch, head, row, {extra}), key // tables[{_KEYS}], {extra})",
