@@ -103,6 +103,23 @@ def test_features_are_right_together_and_alone(name, rows):
     assert_right((q, k, v), emulator={}, causal=name == "several", **options)
 
 
+# Tiles without a key, keys in splits, and rows without a key in a tile that has some.
+@pytest.mark.parametrize(
+    ("rows", "keys"),
+    [(5, 20), *(pytest.param(*sizes, marks=pytest.mark.deep) for sizes in [(5, 70), (150, 9)])],
+)
+def test_a_sink_that_is_not_finite_makes_rows_nan_whether_they_see_keys_or_not(rows, keys):
+    q, k, v = operands(rows, keys, group=4)
+    options = {"sinks": np.array([np.nan, np.inf, -np.inf, 1], np.float32), "return_lse": True}
+    for lengths in ({"seqused_k": 0}, {"q_offset": 2 - rows}):
+        options |= {"seqused_q": rows - 1, "causal": True, **lengths}
+        out, lse = run.attention(q, k, v, **options)
+        expected = fusedattn.attention(q, k, v, backend="reference", **options)
+        np.testing.assert_allclose(out, expected[0], atol=4e-3)
+        np.testing.assert_allclose(lse, expected[1], atol=1e-5)
+        assert np.isnan(lse).mean() == 0.5 * (rows - 1) / rows
+
+
 @pytest.mark.deep
 @pytest.mark.parametrize("dims", [(128, 128), (192, 128), (256, 256)])
 def test_all_tiles_of_a_gpu_are_right(dims):

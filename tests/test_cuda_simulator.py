@@ -68,3 +68,15 @@ def test_threads_of_a_block_share_their_arrays(monkeypatch):
     tools.cuda.jit(tools.quiet(kernel))[1, 8](np.zeros(1))
     assert len(found) == 8
     assert all(one is found[0] for one in found)
+
+
+@pytest.mark.parametrize("seqlen_k", [0, 3])
+def test_a_sink_that_is_not_finite_makes_rows_nan_whether_they_see_keys_or_not(seqlen_k):
+    q, k = np.ones((4, 3, 2), np.float32), np.ones((4, 3, 2), np.float32)
+    options = {"sinks": np.array([np.nan, np.inf, -np.inf, 1], np.float32), "return_lse": True}
+    options |= {"seqused_k": seqlen_k, "causal": True, "seqused_q": 2}
+    got = simulated(q, k, k, **options)
+    expected = fusedattn.attention(q, k, k, backend="reference", **options)
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+    assert np.isnan(got[1]).sum() == 4

@@ -19,7 +19,7 @@ merges them.
 # "not a == b" is true of NaN with every compiler; "a != b" is not.
 # A piece assigns to its parameters, which are variables of the caller.
 # What is read of an operand stands under a condition of its own, a constant of the kernel.
-# ruff: noqa: F841, SIM102
+# ruff: noqa: F841, SIM102, SIM201
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 
 from __future__ import annotations
@@ -490,12 +490,17 @@ def make(tools: Any, config: Config) -> Any:
                         for h in unrolled(2):
                             if query[h] < seqlen_q:
                                 place(h)
-                                row_lse = float32(NO_KEY)
+                                row_lse, value, bits = float32(NO_KEY), float32(0), int32(0)
                                 if SINKS:
                                     if split == 0 and query[h] < told(int32(note + 24)):
                                         sink_of(
                                             row_lse, batch, query_head[h], sinks, places, sinks_head
                                         )
+                                        if not row_lse == float32(NO_KEY):
+                                            # NaN of one that is not finite.
+                                            value = row_lse - row_lse
+                                            row_lse += value
+                                            bits = pack_out(value, value)
                                 if lse != 0 and column == 0:
                                     store_float(to_lse, row_lse)
                                 for i in unrolled(DIMS_V // 8):
@@ -503,10 +508,10 @@ def make(tools: Any, config: Config) -> Any:
                                         if WIDE:
                                             store_floats(
                                                 to + int64(i * 8 * OUT_BYTES),
-                                                float32(0), float32(0),
+                                                value, value,
                                             )  # fmt: skip
                                         else:
-                                            store_word(to + int64(i * 8 * OUT_BYTES), int32(0))
+                                            store_word(to + int64(i * 8 * OUT_BYTES), bits)
 
             def hear():
                 # Which tile of keys is at hand; there are no others below the last one.

@@ -209,6 +209,8 @@ def make(tools: Any, config: Config) -> Any:
                     row_max = load_sink(sinks, words[item + SINKS_AT] + head * words[SINKS_HEAD])
                     if my_part == 0:
                         row_sum = real(1)
+                        if not row_max == real(NO_KEY):
+                            row_sum += row_max - row_max  # NaN of one that is not finite
         if my_part == 0:
             q_places[my_row], out_places[my_row] = int64(-1), int64(-1)
             if query < seqlen_q:
