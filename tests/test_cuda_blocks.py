@@ -13,7 +13,7 @@ from test_cuda_hopper import features, operands
 from test_hopper_emulator import forgets, made_wrong
 
 from fusedattn import attention, make_block_mask, make_problem
-from fusedattn.cuda import backend, hopper_blocks, ptx, tensor_cores
+from fusedattn.cuda import backend, compiler, driver, hopper_blocks, ptx, tensor_cores
 from fusedattn.cuda.hopper_blocks import KIND, KIND_BITS, MIXED
 from fusedattn.masks import EDGE, FULL, SKIP, row_interval
 from fusedattn.testing import assert_within, forward_budget
@@ -253,13 +253,48 @@ def test_mistakes_with_blocks_are_seen(monkeypatch, name):
         tries()
 
 
-def test_the_choice_of_a_kernel_says_who_takes_block_masks():
-    where = SimpleNamespace(capability=(9, 0), has_pools=True)
-    for dtype, reasons in (
-        (np.float16, []),
-        (np.float32, ["block_mask is not implemented in it"]),
-    ):
-        q = np.zeros((1, 40, 64), dtype)
-        mask = make_block_mask(near, None, None, 40, 40)
-        problem = make_problem(q, q, q, block_mask=mask)
-        assert backend.not_tensor_cores(problem, where) == reasons
+def test_the_choice_of_a_kernel_says_who_takes_block_masks(monkeypatch):
+    where = SimpleNamespace(capability=(9, 0), has_pools=True, chip="sm_90a")
+    monkeypatch.setattr(driver, "device", lambda ordinal: where)
+    monkeypatch.setattr(compiler, "chosen_name", lambda: "numba-cuda-mlir")
+    mask = make_block_mask(near, None, None, 40, 40)
+    half, single = (np.zeros((1, 40, 128), dtype) for dtype in (np.float16, np.float32))
+    (told,) = backend.CUDA.describe(make_problem(half, half, half, block_mask=mask))
+    assert told == "Hopper kernel, sm_90a, compiled by numba-cuda-mlir, tiles of 128 x 128"
+    *_, told = backend.CUDA.describe(make_problem(single, single, single, block_mask=mask))
+    assert told == "not the Hopper kernel: block_mask is not implemented in it"
+
+
+def test_a_launch_is_given_the_kinds_of_the_mask_and_what_its_function_reads(monkeypatch):
+    launched, uploads = [], {}
+
+    def upload(where, array, stream=0):
+        uploads[16 * len(uploads) + 16] = array
+        return SimpleNamespace(address=16 * len(uploads))
+
+    function = SimpleNamespace(launch=lambda *arguments: launched.append(arguments))
+    where = SimpleNamespace(multiprocessors=4, function=lambda *arguments: function)
+    tools = SimpleNamespace(array_words=lambda address, length, size: (address,))
+    monkeypatch.setattr(driver, "upload", upload)
+    monkeypatch.setattr(tensor_cores, "encode", lambda *_: bytes(128))
+    monkeypatch.setattr(compiler, "toolchain", lambda: tools)
+    mask = masks(150, 110, 2)["documents"]
+    q, k, v = operands(150, 110, group=2)
+    problem = make_problem(q, k, v, block_mask=mask, out=np.empty_like(q))
+    prepared = tensor_cores.Prepared(problem, where)
+    prepared.run(dict.fromkeys(("q", "k", "v", "out"), 16), 0)
+    words = np.frombuffer(launched[0][3]._buffer, np.int64)
+    given = [uploads[address] for address in words[-4:]]
+    np.testing.assert_array_equal(given[0], mask.kinds.ravel())
+    assert given[1][:5].tolist() == [0, 0, mask.kinds.shape[3], *mask.block]
+    for array, aux in zip(given[2:], mask.predicate.leaf.aux, strict=True):
+        np.testing.assert_array_equal(array, aux)
+    order = uploads[words[6]]
+    tile = tensor_cores.config_of(problem)
+    walks = hopper_blocks.walks_of(mask, (tile.block_q, tile.block_k), 1, packed=False)
+    turns = order[: order.size - walks.size].reshape(-1, 8)
+    turns = turns[turns[:, 0] >= 0]
+    assert len(turns) == 2 * walks.shape[2] > 2
+    for _, _, row, _, start, *_ in turns.tolist():
+        found = order[start // 4 :][: walks.shape[3]]
+        np.testing.assert_array_equal(found, walks[0, 0, row // tile.block_q])
