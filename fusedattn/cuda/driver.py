@@ -197,7 +197,7 @@ class Words:
     Not for several threads at once.
     """
 
-    def __init__(self, formats: str) -> None:
+    def __init__(self, formats: str, values: tuple[Any, ...] = ()) -> None:
         self._struct = struct.Struct("<" + "".join(_SLOT_FORMAT[letter] for letter in formats))
         self._buffer = ctypes.create_string_buffer(max(1, self._struct.size))
         base = ctypes.addressof(self._buffer)
@@ -205,11 +205,17 @@ class Words:
         self.pointers = ctypes.addressof(self._list)
         self._config = ctypes.create_string_buffer(_CONFIG.size)
         self._config_address = ctypes.addressof(self._config)
+        if values:
+            self.fill(*values)
 
     def fill(self, *values: Any) -> Words:
         """Enter the parameters."""
         self._struct.pack_into(self._buffer, 0, *values)
         return self
+
+    def enter(self, first: int, addresses: tuple[int, ...]) -> None:
+        """Enter some parameters that are addresses and stand side by side."""
+        _addresses(len(addresses)).pack_into(self._buffer, 8 * first, *addresses)
 
     def configured(
         self, grid: tuple[int, int, int], block: tuple[int, int], shared: int, stream: int
@@ -217,6 +223,11 @@ class Words:
         """Enter the configuration, and return its address."""
         _CONFIG.pack_into(self._config, 0, *grid, *block, 1, shared, stream, 0, 0)
         return self._config_address
+
+
+@functools.cache
+def _addresses(count: int) -> struct.Struct:
+    return struct.Struct(f"<{count}q")
 
 
 # CUlaunchConfig: blocks, threads, bytes of shared memory, stream, no attributes.

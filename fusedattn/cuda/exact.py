@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import threading
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fusedattn.cuda import compiler, driver, hopper_exact
+from fusedattn.cuda import compiler, driver, hopper_exact, launch
 from fusedattn.cuda.params import lengths_of
 from fusedattn.cuda.schedule import schedule
 from fusedattn.cuda.tensor_cores import address_of, bounds_of, offsets_of
@@ -101,8 +100,12 @@ class Launch(NamedTuple):
         self, addresses: dict[str, int], items: int, order: int
     ) -> tuple[int | float, ...]:
         """Return the kernel's arguments, given where all that it is given lies; no lse: 0."""
-        where = (addresses[name] for name in ("q", "k", "v", "out"))
-        return (*where, addresses.get("lse", 0), items, order, *self.numbers)
+        return (*self.changing(addresses, items), order, *self.numbers)
+
+    def changing(self, addresses: dict[str, int], items: int) -> tuple[int, ...]:
+        """Return the first arguments, which change from call to call."""
+        q, k, v, out = (addresses[name] for name in ("q", "k", "v", "out"))
+        return q, k, v, out, addresses.get("lse", 0), items
 
 
 def launch_of(
@@ -132,44 +135,27 @@ def item_table(problem: AttentionProblem) -> Array:
     return table
 
 
-class Prepared:
+class Prepared(launch.Prepared):
     """A launch on one GPU, for any number of calls that differ in addresses only."""
 
     def __init__(self, problem: AttentionProblem, where: driver.Device) -> None:
-        launch = launch_of(problem, config_of(problem), where.multiprocessors)
-        self.where, self._launch = where, launch
-        kernel = kernel_of(launch.config)
-        self._function = where.function(
-            kernel, lambda: compiler.compiled(kernel, where.chip), launch.config.shared
-        )
-        self._problem, self._table = problem, item_table(problem)
-        self._items = driver.upload(where, self._table)
-        self._order = driver.upload(where, launch.order)
-        self._local = threading.local()
+        self._launch = launch_of(problem, config_of(problem), where.multiprocessors)
+        self._problem = problem
+        config, order = self._launch.config, self._launch.order
+        kernel, blocks = kernel_of(config), self._launch.grid
+        super().__init__(kernel, where, config.shared, blocks, item_table(problem), order)
 
-    def tables(self, lengths: Lengths) -> dict[str, Array]:
-        """Return what `run` is to be given in host memory for a call with other lengths."""
-        table = self._table.copy()
+    def _enter_lengths(self, table: Array, lengths: Lengths) -> None:
         table[:, :16] = bounds_of(self._problem, lengths).view(np.uint8)
-        return {"items": table}
 
-    def run(
-        self, addresses: dict[str, int], stream: int, in_host: dict[str, Array] | None = None
-    ) -> None:
-        """Start the kernel on arrays at these addresses; its context is current.
+    def _make_words(self) -> driver.Words:
+        addresses = dict.fromkeys(("q", "k", "v", "out"), 0)
+        values = self._launch.arguments(addresses, self._items.address, self._order.address)
+        return driver.Words(hopper_exact.FORMATS, values)
 
-        Arrays `in_host` memory are copied first.
-        """
-        if in_host:
-            with driver.all_copied(self.where, in_host, stream) as copies:
-                self._start(addresses, copies["items"], stream)
-        else:
-            self._start(addresses, self._items.address, stream)
-
-    def _start(self, addresses: dict[str, int], items: int, stream: int) -> None:
-        words = getattr(self._local, "words", None)
-        if words is None:
-            words = self._local.words = driver.Words(hopper_exact.FORMATS)
-        launch = self._launch
-        words.fill(*launch.arguments(addresses, items, self._order.address))
-        self._function.launch((launch.grid, 1, 1), (launch.config.threads, 1), stream, words)
+    def _run(self, addresses: dict[str, int], stream: int) -> None:
+        words = self._words()
+        words.enter(
+            0, self._launch.changing(addresses, addresses.get("items", self._items.address))
+        )
+        self._launch_with(words, stream)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import threading
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -17,10 +16,10 @@ from fusedattn.cuda import (
     hopper,
     hopper_blocks,
     hopper_operands,
+    launch,
     user,
 )
 from fusedattn.cuda.hopper_scores import PLAIN, Features
-from fusedattn.cuda.launch import slots_of
 from fusedattn.cuda.params import SPLIT_KEYS, SPLIT_QUERIES, lengths_of, span_of, unit_heads
 from fusedattn.cuda.schedule import schedule
 from fusedattn.masks import MAX_SEQLEN, relative_bounds
@@ -221,12 +220,24 @@ class Launch(NamedTuple):
 
         The tables are those of items, of the order and of places.
         """
-        operands = (addresses.get(name, 0) for name in hopper_operands.OPERANDS)
+        items, order, places = tables
+        changing = self.changing(maps, addresses, items)
+        operands = self.operand_addresses(addresses)
+        return (*changing, order, *self.numbers, *operands, places, *self.operands)
+
+    def changing(self, maps: int, addresses: Mapping[str, int], items: int) -> tuple[int, ...]:
+        """Return the first arguments, which change from call to call."""
         out, lse = addresses["out"], addresses.get("lse", 0)
-        return (
-            *(maps, maps + 128, maps + 256, out, lse, *tables[:2], *self.numbers),
-            *(*operands, tables[2], *self.operands),
-        )
+        return maps, maps + 128, maps + 256, out, lse, items
+
+    @property
+    def operands_at(self) -> int:
+        """Where the arguments that are addresses of operands begin."""
+        return 7 + len(self.numbers)
+
+    def operand_addresses(self, addresses: Mapping[str, int]) -> tuple[int, ...]:
+        """Return those arguments."""
+        return tuple(addresses.get(name, 0) for name in hopper_operands.OPERANDS)
 
 
 def launch_of(problem: AttentionProblem, config: hopper.Config, multiprocessors: int) -> Launch:
@@ -263,53 +274,40 @@ def launch_of(problem: AttentionProblem, config: hopper.Config, multiprocessors:
     return Launch(config, order, grid, splits, problem.num_heads * head, numbers, operands)
 
 
-class Prepared:
+class Prepared(launch.Prepared):
     """A launch on one GPU, for any number of calls that differ in addresses only."""
 
     def __init__(self, problem: AttentionProblem, where: driver.Device) -> None:
-        launch = launch_of(problem, config_of(problem), where.multiprocessors)
-        self.where, self._launch = where, launch
-        kernel = kernel_of(launch.config)
-        self._function = where.function(
-            kernel, lambda: compiler.compiled(kernel, where.chip), launch.config.shared
-        )
-        self._boxes = boxes_of(problem, launch.config)
+        self._launch = launch_of(problem, config_of(problem), where.multiprocessors)
+        self._problem = problem
+        config, order = self._launch.config, self._launch.order
+        table, kernel = item_table(problem, self._launch), kernel_of(config)
+        super().__init__(kernel, where, config.shared, self._launch.grid, table, order)
+        self._boxes = boxes_of(problem, config)
         self._dtype = problem.dtype.name
-        self._problem, self._table = problem, item_table(problem, launch)
-        self._items = driver.upload(where, self._table)
-        self._order = driver.upload(where, launch.order)
         self._places = driver.upload(where, hopper_operands.place_table(problem))
+        operands = hopper_operands.operands_of(problem).values()
+        self._has_operands = any(array is not None for array in operands)
         self._functions: user.Operands | None = None
-        if launch.config.features.functions is not None:
-            self._functions = user.Operands(
-                launch.config.features.functions, problem.block_mask, where
-            )
+        if config.features.functions is not None:
+            self._functions = user.Operands(config.features.functions, problem.block_mask, where)
         self._combine = None
-        if launch.splits > 1:
+        if self._launch.splits > 1:
             span = span_of(problem.out) if problem.out is not None else None
             assert span is not None, "looked at before"
-            self._combine = combine.Prepared(problem, span, launch.splits, where)
+            self._combine = combine.Prepared(problem, span, self._launch.splits, where)
         self._maps: dict[tuple[int, int, int], driver.Memory] = {}
-        self._local = threading.local()
 
-    def tables(self, lengths: Lengths) -> dict[str, Array]:
-        """Return what `run` is to be given in host memory for a call with other lengths."""
-        table = self._table.copy()
+    def _enter_lengths(self, table: Array, lengths: Lengths) -> None:
         _enter(table, self._problem, lengths)
-        return {"items": table}
 
-    def run(
-        self, addresses: dict[str, int], stream: int, in_host: dict[str, Array] | None = None
-    ) -> None:
-        """Start the kernel on arrays at these addresses; its context is current.
-
-        Arrays `in_host` memory are copied first.
-        """
-        if in_host:
-            with driver.all_copied(self.where, in_host, stream) as copies:
-                self._run(addresses | copies, stream)
-        else:
-            self._run(addresses, stream)
+    def _make_words(self) -> driver.Words:
+        tables = (self._items.address, self._order.address, self._places.address)
+        values = self._launch.arguments(0, {"out": 0}, tables)
+        others: tuple[int, ...] = ()
+        if self._functions is not None:
+            others = launch.slots_of(self._functions.arguments, self._functions.addresses({}))
+        return driver.Words(hopper.FORMATS + "q" * len(others), (*values, *others))
 
     def _run(self, addresses: dict[str, int], stream: int) -> None:
         key = addresses["q"], addresses["k"], addresses["v"]
@@ -324,18 +322,15 @@ class Prepared:
             self._combine.run(scratch, addresses, stream)
 
     def _start(self, maps: driver.Memory, addresses: Mapping[str, int], stream: int) -> None:
-        launch, functions = self._launch, self._functions
+        words, functions = self._words(), self._functions
         items = addresses.get("items", self._items.address)
-        tables = (items, self._order.address, self._places.address)
-        values = launch.arguments(maps.address, addresses, tables)
-        if functions is not None:
-            values += slots_of(functions.arguments, functions.addresses(dict(addresses)))
-        words = getattr(self._local, "words", None)
-        if words is None:
-            others = len(values) - len(hopper.FORMATS)
-            words = self._local.words = driver.Words(hopper.FORMATS + "q" * others)
-        words.fill(*values)
-        self._function.launch((launch.grid, 1, 1), (launch.config.threads, 1), stream, words)
+        words.enter(0, self._launch.changing(maps.address, addresses, items))
+        if self._has_operands:
+            words.enter(self._launch.operands_at, self._launch.operand_addresses(addresses))
+        if functions is not None and functions.changes:
+            given = functions.addresses(dict(addresses))
+            words.enter(len(hopper.FORMATS), launch.slots_of(functions.arguments, given))
+        self._launch_with(words, stream)
 
     def _make_maps(self, key: tuple[int, int, int]) -> driver.Memory:
         code = b"".join(

@@ -129,6 +129,7 @@ class Operands:
         score_mod = functions.score_mod
         own = 0 if score_mod is None else len(score_mod.aux)
         self._arrays = functions.arrays
+        self.changes = own > 0  # addresses come with each call
         # Those of a block mask never change: it holds copies.
         self._held = {
             i: driver.upload(where, np.ascontiguousarray(array).reshape(-1))
@@ -143,7 +144,7 @@ class Operands:
             if i in self._held:
                 found[f"aux_{i}"] = self._held[i].address
             else:  # an index into an empty array is held to its only place, somewhere
-                known = given[f"score_mod_aux_{i}"]
+                known = given.get(f"score_mod_aux_{i}", 0)
                 found[f"aux_{i}"] = known if array.size else self._table.address
         return found
 
