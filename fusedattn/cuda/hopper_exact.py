@@ -23,13 +23,12 @@ by the sum of first parts alone, which is then what IEEE arithmetic gives.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 from fusedattn import masks
 from fusedattn.cuda import ptx
 from fusedattn.cuda.hopper import PANEL, ROW_BYTES, TURN_BYTES, WARPGROUP
-from fusedattn.cuda.hopper_scores import LARGE, LN_2
+from fusedattn.cuda.hopper_scores import LN_2, NO_KEY, make_bring_near
 from fusedattn.cuda.unroll import inlined, unrolled
 
 PARTS = 3
@@ -99,7 +98,6 @@ def make(tools: Any, config: Config) -> Any:
     block_interval = tools.device(masks.block_interval)
     common_interval = tools.device(masks.common_interval)
     int_as_float = tools.conversions()["int_as_float"]
-    NO_KEY = -math.inf
 
     DIMS, DIMS_V, KEYS, STAGES = config.dims, config.dims_v, config.block_k, config.stages
     PANELS_V = DIMS_V // PANEL
@@ -120,6 +118,7 @@ def make(tools: Any, config: Config) -> Any:
     MN_MAJOR = ptx.descriptor_words(KV_PANEL, 1024)[0]
     K_STEP, V_STEP = K_BYTES >> 4, V_BYTES >> 4
     PAIRS, TURNS = config.pairs, config.turns
+    bring_near = make_bring_near(types, SCORES)
     few, many = config.registers
 
     shared_base, load_int, load_long = asm(ptx.SHARED_BASE), asm(ptx.LOAD_INT), asm(ptx.LOAD_LONG)
@@ -238,17 +237,7 @@ def make(tools: Any, config: Config) -> Any:
             # Before a row's first key, sums and outputs are 0: so is the factor.
             rescale[h] = exp2(min(shift[h] - old[h], float32(0)))
             tile_sum[h] = float32(0)
-        if max(abs(shift[0]), abs(shift[1])) > float32(LARGE):
-            # Far from 0, a product rounded here and not there may differ by more than the largest
-            # exponent.
-            for h in unrolled(2):
-                shift[h] = float32(0)
-                base = row_max[h]
-                if base == float32(NO_KEY):
-                    base = float32(0)
-                for i in unrolled(SCORES // 4):
-                    scores[4 * i + 2 * h] -= base
-                    scores[4 * i + 2 * h + 1] -= base
+        bring_near(scores, row_max, shift)
         for i in unrolled(SCORES // 4):
             for h in unrolled(2):
                 for j in unrolled(4 * i + 2 * h, 4 * i + 2 * h + 2):

@@ -78,6 +78,27 @@ class Features(NamedTuple):
 PLAIN = Features()
 
 
+def make_bring_near(types: Any, count: int) -> Any:
+    """Return the piece that shifts so many scores before they are scaled, where they are large."""
+    float32 = types.float32
+
+    @inlined
+    def bring_near(scores, row_max, shift):
+        if max(abs(shift[0]), abs(shift[1])) > float32(LARGE):
+            # Far from 0, a product rounded here and not there may differ by more than the largest
+            # exponent.
+            for h in unrolled(2):
+                shift[h] = float32(0)
+                base = row_max[h]
+                if base == float32(NO_KEY):
+                    base = float32(0)
+                for i in unrolled(count // 4):
+                    scores[4 * i + 2 * h] -= base
+                    scores[4 * i + 2 * h + 1] -= base
+
+    return bring_near
+
+
 class Pieces(NamedTuple):
     """What the kernel is written with."""
 
@@ -125,6 +146,7 @@ def make(tools: Any, config: Any) -> Pieces:
     )  # fmt: skip
     half = features.bias if BIAS_PAIRS and features.bias else "float16"
     lower, upper = asm(ptx.LOWER[half]), asm(ptx.UPPER[half])
+    bring_near = make_bring_near(types, SCORES)
     kept_by_philox, swap_words = asm(ptx.kept_by_philox()), asm(ptx.swap_words(1))
 
     @inlined
@@ -297,17 +319,7 @@ def make(tools: Any, config: Any) -> Pieces:
         shift_of(row_max, scale_log2, shift)
         for h in unrolled(2):
             start[h] = shift[h]
-        if max(abs(shift[0]), abs(shift[1])) > float32(LARGE):
-            # Far from 0, a product rounded here and not there may differ by more than the largest
-            # exponent.
-            for h in unrolled(2):
-                start[h] = float32(0)
-                base = row_max[h]
-                if base == float32(NO_KEY):
-                    base = float32(0)
-                for i in unrolled(SCORES // 4):
-                    scores[4 * i + 2 * h] -= base
-                    scores[4 * i + 2 * h + 1] -= base
+        bring_near(scores, row_max, start)
         for h in unrolled(2):
             # Of a row without a key so far, sums and outputs are 0: any factor will do.
             rescale[h] = exp2(min(shift[h] - old[h], float32(0)))
