@@ -155,7 +155,8 @@ def make(tools: Any, config: Config) -> Any:
     RING = NOTES * NOTE_BYTES - 1
     # Which tile of keys is in a stage, of two rounds: all have read it before it is written again.
     TOLD = V_EMPTY + 8 * STAGES
-    SEEN_AT, SEEN_BYTES = TOLD + 8 * STAGES + 15 & -16, config.seen_bytes
+    TOLD_BYTES = 8 * STAGES if config.features.blocks else 0
+    SEEN_AT, SEEN_BYTES = TOLD + TOLD_BYTES + 15 & -16, config.seen_bytes
     SCORES, OUTPUTS, WEIGHTS = KEYS // 2, DIMS_V // 2, KEYS // 4
     K_MAJOR = ptx.descriptor_words(16, 1024)[0]
     MN_MAJOR = ptx.descriptor_words(KV_PANEL, 1024)[0]
