@@ -46,11 +46,11 @@ def same(batch, head, q_idx, k_idx, document):
     return document[q_idx] == document[k_idx]
 
 
-def of_block_mask(**options):
-    """What a kernel is compiled with for a block mask, and other functions beside it."""
+def of_block_mask():
+    """What a kernel is compiled with for a block mask that reads a table."""
     q, document = np.zeros((1, 1, 8, 8), np.float32), np.arange(8)
     mask = make_block_mask(same, None, None, 8, 8, aux=(document,))
-    return user.functions_of(make_problem(q, q, q, block_mask=mask, **options))
+    return user.functions_of(make_problem(q, q, q, block_mask=mask))
 
 
 FEATURES = {
@@ -64,9 +64,6 @@ FEATURES = {
     "dropout": Features(dropout=True),
     "score-mod": Features(functions=of_score_mod()),
     "block-mask": Features(functions=of_block_mask()),
-    "block-mask-score-mod": Features(
-        functions=of_block_mask(score_mod=tabled, score_mod_aux=(np.zeros(4, np.float32),))
-    ),
     "all": Features(
         *(True, "float32", "float32", "float16", True, True, True, True),
         functions=of_score_mod(),

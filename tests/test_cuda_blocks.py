@@ -85,7 +85,7 @@ def test_a_block_mask_hides_what_the_reference_hides(name, rows):
 
 @pytest.mark.parametrize(
     ("rows", "name"),
-    [(9, "several"), *(pytest.param(70, n, marks=pytest.mark.deep) for n in features(6, 41, 1))],
+    [(9, "several"), *(pytest.param(70, n, marks=pytest.mark.deep) for n in ("mask", "several"))],
 )
 def test_a_block_mask_goes_with_every_feature(rows, name):
     options = features(rows, 100, 2)[name]
@@ -132,8 +132,14 @@ class Loads:
         monkeypatch.setattr(memory.Shared, "load_box", noted)
 
 
-@pytest.mark.parametrize("name", deep_but(["of heads", "gaps", "small blocks"], "of heads"))
-@pytest.mark.parametrize("rows", [150, pytest.param(9, marks=pytest.mark.deep)])
+@pytest.mark.parametrize(
+    ("rows", "name"),
+    [
+        (150, "of heads"),
+        *(pytest.param(rows, "small blocks", marks=pytest.mark.deep) for rows in (9, 150)),
+        pytest.param(9, "gaps", marks=pytest.mark.deep),
+    ],
+)
 def test_tiles_that_no_row_sees_are_not_loaded(monkeypatch, name, rows):
     q, k, v = operands(rows, 110, group=2)
     mask = masks(rows, 110, 2)[name]

@@ -80,7 +80,7 @@ def test_hopper_kernels_with_a_feature_keep_everything_in_registers(feature):
     "feature",
     [
         *("softcap", "alibi", "sinks", "bias", "bias-pairs", "mask", "mask-pairs", "score-mod"),
-        *("block-mask", "block-mask-score-mod"),
+        "block-mask",
     ],
 )
 def test_hopper_kernels_with_other_features_keep_everything_in_registers(dims, feature):
