@@ -172,11 +172,10 @@ def make(tools: Any, config: Config) -> Any:
     HIDES, SINKS, DROPOUT = features.hides, features.sinks is not None, features.dropout
     # With a block mask alone, keys are hidden one by one in some tiles.
     BLOCKS, AT_TIMES = features.blocks, features.blocks and not features.hides
-    TURN, KIND, KIND_BITS = config.turn_bytes, hopper_blocks.KIND, hopper_blocks.KIND_BITS
-    SKIP, FULL, LAST = masks.SKIP, masks.FULL, hopper_blocks.LAST
+    TURN, KIND, FULL = config.turn_bytes, hopper_blocks.KIND, masks.FULL
     sink_of, begin_rows, touch, hide, weigh, drop, finish = hopper_scores.make(tools, config)
     tell_seen, clear_unseen = hopper_values.make(tools, config)
-    ask = hopper_blocks.make(tools, config)
+    set_out, look_ahead, hear, ask = hopper_blocks.make(tools, config)
 
     shared_base, load_int, load_long = asm(ptx.SHARED_BASE), asm(ptx.LOAD_INT), asm(ptx.LOAD_LONG)
     store_word, store_float = asm(ptx.STORE_WORD), asm(ptx.STORE_FLOAT)
@@ -287,7 +286,7 @@ def make(tools: Any, config: Config) -> Any:
 
                 def locate(at):
                     nonlocal head, row_lo, split, k_from, k_to, used_q, used_k
-                    nonlocal key_lo, key_hi, item
+                    nonlocal key_lo, key_hi, item, walk, entry, key
                     head, row_lo = load_int(at + int64(4)), load_int(at + int64(8))
                     if SPLIT:
                         split = load_int(at + int64(12))
@@ -302,31 +301,7 @@ def make(tools: Any, config: Config) -> Any:
                         key_lo = int32(max(key_lo, first))
                         key_hi = int32(min(key_hi, int32(first + int32(SPLIT_KEYS))))
                     if BLOCKS:
-                        set_out(at)
-
-                def set_out(at):
-                    # To the last tile of keys that is kept, if there is one.
-                    nonlocal walk, entry, key, key_hi
-                    walk = order + load_long(at + int64(16))
-                    number = int32(int32(key_hi + int32(KEYS - 1)) // int32(KEYS))
-                    entry = load_int(walk + int64(number) * int64(4))
-                    if entry & int32(KIND) == SKIP:
-                        number = int32(entry >> int32(KIND_BITS))
-                        entry = load_int(walk + int64(number) * int64(4))
-                    key = int32((number - int32(1)) * int32(KEYS))
-                    if int32(key + KEYS) <= key_lo:
-                        key_hi = key_lo
-
-                def look_ahead():
-                    # Tell of the tile of keys at hand, and look for the next that is kept.
-                    nonlocal following, after
-                    word = int32(key | (entry & int32(KIND)))
-                    number = int32(entry >> int32(KIND_BITS))
-                    following = int32((number - int32(1)) * int32(KEYS))
-                    after = load_int(walk + int64(number) * int64(4))
-                    if int32(following + KEYS) <= key_lo:
-                        word = int32(word | int32(LAST))
-                    tell(int32(shared + TOLD + 4 * (stage + (phase ^ int32(1)) * STAGES)), word)
+                        set_out(at, order, key_lo, walk, entry, key, key_hi)
 
                 def announce():
                     # What the others need to know of a tile comes with its queries.
@@ -373,7 +348,9 @@ def make(tools: Any, config: Config) -> Any:
                         full = int32(shared + K_FULL + 8 * stage)
                         wait(int32(shared + K_EMPTY + 8 * stage), phase)
                         if BLOCKS:
-                            look_ahead()
+                            slot = int32(stage + (phase ^ int32(1)) * STAGES)
+                            slot = int32(shared + TOLD + 4 * slot)
+                            look_ahead(slot, key, key_lo, walk, entry, following, after)
                         expect(full, int32(K_BYTES))
                         for panel in unrolled(PANELS_Q):
                             load_tile(
@@ -514,15 +491,6 @@ def make(tools: Any, config: Config) -> Any:
                                         else:
                                             store_word(to + int64(i * 8 * OUT_BYTES), bits)
 
-            def hear():
-                # Which tile of keys is at hand; there are no others below the last one.
-                nonlocal key, word, key_lo
-                word = told(int32(shared + TOLD + 4 * (stage + phase * STAGES)))
-                key = int32(word & int32(-16))
-                key_lo = int32(key - int32(1))
-                if word & int32(LAST) != 0:
-                    key_lo = key
-
             def begin():
                 begin_scores(
                     scores, int32(q_places + q_stage * Q_STEP), int32(k_places + stage * K_STEP)
@@ -626,7 +594,8 @@ def make(tools: Any, config: Config) -> Any:
                 for i in unrolled(OUTPUTS):
                     outputs[i] = float32(0)
                 if BLOCKS:
-                    hear()
+                    slot = int32(shared + TOLD + 4 * (stage + phase * STAGES))
+                    hear(slot, word, key, key_lo)
                 else:
                     key = int32((key_hi - int32(1)) // int32(KEYS) * int32(KEYS))
                 look()
@@ -645,7 +614,8 @@ def make(tools: Any, config: Config) -> Any:
                     if leader:
                         arrive(int32(shared + K_EMPTY + 8 * stage))
                     if BLOCKS:
-                        hear()
+                        slot = int32(shared + TOLD + 4 * (stage + phase * STAGES))
+                        hear(slot, word, key, key_lo)
                     else:
                         key = int32(key - KEYS)
                     look()

@@ -17,13 +17,13 @@ are held as bits: the function is compiled once, in a loop that touches no score
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fusedattn.block_mask import BlockMask
-from fusedattn.cuda import user
+from fusedattn.cuda import ptx, user
 from fusedattn.cuda.hopper_scores import NO_KEY
 from fusedattn.cuda.unroll import inlined, unrolled
 from fusedattn.masks import EDGE, FULL, SKIP
@@ -128,18 +128,62 @@ def order_with(order: Walks, walks: Walks, heads: int, block_q: int) -> Walks:
     return np.concatenate([turns.ravel(), walks.ravel()])
 
 
-def make(tools: Any, config: Any) -> Any:
-    """Return the piece that asks, for one toolchain and `hopper.Config`."""
-    cuda, types = tools.cuda, tools.types
+class Pieces(NamedTuple):
+    """What the kernel is written with."""
+
+    set_out: Any
+    look_ahead: Any
+    hear: Any
+    ask: Any
+
+
+def make(tools: Any, config: Any) -> Pieces:
+    """Return the pieces, for one toolchain and `hopper.Config`."""
+    cuda, types, asm = tools.cuda, tools.types, tools.asm
     int32, int64, float32 = types.int32, types.int64, types.float32
     functions: user.Functions | None = config.features.functions
-    SCORES = config.block_k // 2
+    KEYS, SCORES = config.block_k, config.block_k // 2
+    load_start, load_entry = asm(ptx.LOAD_LONG), asm(ptx.LOAD_INT)
+    tell_tile, hear_tile = asm(ptx.STORE_SHARED_INT), asm(ptx.LOAD_SHARED_INT)
     of_user = user.DeviceFunctions()
     if functions is not None and functions.predicate is not None:
         of_user = user.device_functions(tools, functions, float32)
     asks, kind_in, place_of, keys_of = (
         of_user.asks, of_user.kind_in, of_user.place_of, of_user.keys,
     )  # fmt: skip
+
+    @inlined
+    def set_out(at, order, key_lo, walk, entry, key, key_hi):
+        # To the last tile of keys that is kept, if there is one.
+        walk = order + load_start(at + int64(16))
+        number = int32(int32(key_hi + int32(KEYS - 1)) // int32(KEYS))
+        entry = load_entry(walk + int64(number) * int64(4))
+        if entry & int32(KIND) == SKIP:
+            number = int32(entry >> int32(KIND_BITS))
+            entry = load_entry(walk + int64(number) * int64(4))
+        key = int32((number - int32(1)) * int32(KEYS))
+        if int32(key + KEYS) <= key_lo:
+            key_hi = key_lo
+
+    @inlined
+    def look_ahead(slot, key, key_lo, walk, entry, following, after):
+        # Tell of the tile of keys at hand, and look for the next that is kept.
+        tile = int32(key | (entry & int32(KIND)))
+        number = int32(entry >> int32(KIND_BITS))
+        following = int32((number - int32(1)) * int32(KEYS))
+        after = load_entry(walk + int64(number) * int64(4))
+        if int32(following + KEYS) <= key_lo:
+            tile = int32(tile | int32(LAST))
+        tell_tile(slot, tile)
+
+    @inlined
+    def hear(slot, word, key, key_lo):
+        # Which tile of keys is at hand; there are no others below the last one.
+        word = hear_tile(slot)
+        key = int32(word & int32(-16))
+        key_lo = int32(key - int32(1))
+        if word & int32(LAST) != 0:
+            key_lo = key
 
     @inlined
     def ask(scores, key, column, kind, low, high, query, query_head, batch, *extra):
@@ -170,4 +214,4 @@ def make(tools: Any, config: Any) -> Any:
             if (seen[i % 4 // 2] >> int32(i // 4 * 2 + i % 2)) & int32(1) == 0:
                 scores[i] = float32(NO_KEY)
 
-    return ask
+    return Pieces(set_out, look_ahead, hear, ask)
