@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hopper_emulator import memory, run
+from hopper_emulator import machine, memory, run
 from hypothesis import given
 from hypothesis import strategies as st
 from test_cuda_hopper import features, operands
@@ -300,6 +300,34 @@ def test_mistakes_with_blocks_are_seen(monkeypatch, name):
 @pytest.mark.parametrize("case", sorted({("of heads", 9), *SEEN_WITH.values()}))
 def test_what_has_no_mistake_with_blocks_passes(case):
     try_with(*case)
+
+
+class InOrder:
+    """No chance: nobody's priority changes, and the warps of the last warpgroup come last."""
+
+    def __init__(self, seed):
+        pass
+
+    def shuffle(self, agents):
+        agents += [agents.pop(8) for _ in range(4)]
+
+    def random(self):
+        return 0.5
+
+
+def test_a_warpgroup_may_be_ahead_of_the_other_as_far_as_it_can(monkeypatch):
+    """Tiles that both tell each other of come after one at which they do not meet."""
+    q, k, v = operands(128, 160, 128, 128)
+    v[:, 70] = np.nan
+    monkeypatch.setattr(machine, "_CHANGE", 0)
+    monkeypatch.setattr(machine, "random", SimpleNamespace(Random=InOrder))
+    mask = make_block_mask(
+        lambda b, h, q, k: k != 70 and (k != 150 if q >= 64 else k != 86),
+        *(None, None, 128, 160),
+        block=(128, 32),
+    )
+    assert mask.draw() == "##+#+"
+    assert_right((q, k, v), {}, block_mask=mask)
 
 
 @pytest.mark.deep

@@ -90,12 +90,17 @@ class Config(NamedTuple):
 
     def _shared(self, q_stages: int) -> int:
         tiles = q_stages * self.q_bytes + self.stages * (self.k_bytes + self.v_bytes)
-        return tiles + 1024 + 512 + self.stages * self.seen_bytes
+        return tiles + 1024 + 512 + self.seen_rounds * self.stages * self.seen_bytes
 
     @property
     def seen_bytes(self) -> int:
         """Shared memory in which warps tell which keys of a tile they see, of a stage."""
         return 64 * self.warpgroups if self.features.hides or self.features.blocks else 0
+
+    @property
+    def seen_rounds(self) -> int:
+        """How often that is there for each stage; see `hopper_values`."""
+        return 2 if self.features.blocks and not self.features.hides else 1
 
     @property
     def turn_bytes(self) -> int:
@@ -171,7 +176,7 @@ def make(tools: Any, config: Config) -> Any:
     FEATURED = features != PLAIN
     HIDES, SINKS, DROPOUT = features.hides, features.sinks is not None, features.dropout
     # With a block mask alone, keys are hidden one by one in some tiles.
-    BLOCKS, AT_TIMES = features.blocks, features.blocks and not features.hides
+    BLOCKS, AT_TIMES = features.blocks, config.seen_rounds > 1
     TURN, KIND, FULL = config.turn_bytes, hopper_blocks.KIND, masks.FULL
     sink_of, begin_rows, touch, hide, weigh, drop, finish = hopper_scores.make(tools, config)
     tell_seen, clear_unseen = hopper_values.make(tools, config)
@@ -496,14 +501,15 @@ def make(tools: Any, config: Config) -> Any:
                     scores, int32(q_places + q_stage * Q_STEP), int32(k_places + stage * K_STEP)
                 )
 
-            def clear(of):
+            def clear(of, its_phase):
                 # Of the values of the tile of keys at hand, those that no row sees.
                 if AT_TIMES:
                     cut = key < all_lo or int32(key + KEYS) > all_hi
                     if cut or word & int32(KIND) != int32(FULL):
+                        slot = int32(of + its_phase * STAGES)
                         clear_unseen(
                             int32(shared + V_AT + of * V_BYTES),
-                            int32(shared + SEEN_AT + of * SEEN_BYTES), key, key_lo, key_hi,
+                            int32(shared + SEEN_AT + slot * SEEN_BYTES), key, key_lo, key_hi,
                             words, some,
                         )  # fmt: skip
                 else:
@@ -554,7 +560,8 @@ def make(tools: Any, config: Config) -> Any:
                         )  # fmt: skip
                 if AT_TIMES:
                     if cut:
-                        tell_seen(scores, int32(shared + SEEN_AT + stage * SEEN_BYTES))
+                        slot = int32(stage + phase * STAGES)
+                        tell_seen(scores, int32(shared + SEEN_AT + slot * SEEN_BYTES))
                 else:
                     tell_seen(scores, int32(shared + SEEN_AT + stage * SEEN_BYTES))
                 weigh(scores, row_max, row_sum, rescale, scale_log2)
@@ -608,7 +615,7 @@ def make(tools: Any, config: Config) -> Any:
                     wait(int32(shared + K_FULL + 8 * stage), phase)
                     begin()
                     wait(int32(shared + V_FULL + 8 * before), phase_before)
-                    clear(before)
+                    clear(before, phase_before)
                     begin_outputs(outputs, weights, int32(v_places + before * V_STEP))
                     scores_ready(scores)
                     if leader:
@@ -631,7 +638,7 @@ def make(tools: Any, config: Config) -> Any:
                     arrive(int32(shared + Q_EMPTY + 8 * q_stage))
                 advance(q_stage, q_phase, Q_STAGES)
                 wait(int32(shared + V_FULL + 8 * stage), phase)
-                clear(stage)
+                clear(stage, phase)
                 begin_outputs(outputs, weights, int32(v_places + stage * V_STEP))
                 # The first scores of the next tile are made while the outputs of this one are
                 # finished and written; after the last tile nobody looks at what is made.
