@@ -90,17 +90,17 @@ class Config(NamedTuple):
 
     def _shared(self, q_stages: int) -> int:
         tiles = q_stages * self.q_bytes + self.stages * (self.k_bytes + self.v_bytes)
-        return tiles + 1024 + 512 + self.seen_rounds * self.stages * self.seen_bytes
+        return tiles + 1024 + 512 + (2 if self.tells_at_times else self.stages) * self.seen_bytes
 
     @property
     def seen_bytes(self) -> int:
-        """Shared memory in which warps tell which keys of a tile they see, of a stage."""
+        """Shared memory in which warps tell which keys of a tile they see, of one tile."""
         return 64 * self.warpgroups if self.features.hides or self.features.blocks else 0
 
     @property
-    def seen_rounds(self) -> int:
-        """How often that is there for each stage; see `hopper_values`."""
-        return 2 if self.features.blocks and not self.features.hides else 1
+    def tells_at_times(self) -> bool:
+        """Whether they do so for some tiles only: with a block mask alone."""
+        return self.features.blocks and not self.features.hides
 
     @property
     def turn_bytes(self) -> int:
@@ -175,8 +175,12 @@ def make(tools: Any, config: Config) -> Any:
     TOUCHED = features.natural or features.hides
     FEATURED = features != PLAIN
     HIDES, SINKS, DROPOUT = features.hides, features.sinks is not None, features.dropout
-    # With a block mask alone, keys are hidden one by one in some tiles.
-    BLOCKS, AT_TIMES = features.blocks, config.seen_rounds > 1
+    BLOCKS, AT_TIMES = features.blocks, config.tells_at_times
+    LAST, TURNED, TURNED_BYTES = (
+        hopper_blocks.LAST,
+        hopper_blocks.TURNED,
+        SEEN_BYTES // hopper_blocks.TURNED,
+    )
     TURN, KIND, FULL = config.turn_bytes, hopper_blocks.KIND, masks.FULL
     sink_of, begin_rows, touch, hide, weigh, drop, finish = hopper_scores.make(tools, config)
     tell_seen, clear_unseen = hopper_values.make(tools, config)
@@ -501,16 +505,15 @@ def make(tools: Any, config: Config) -> Any:
                     scores, int32(q_places + q_stage * Q_STEP), int32(k_places + stage * K_STEP)
                 )
 
-            def clear(of, its_phase):
+            def clear(of):
                 # Of the values of the tile of keys at hand, those that no row sees.
                 if AT_TIMES:
                     cut = key < all_lo or int32(key + KEYS) > all_hi
                     if cut or word & int32(KIND) != int32(FULL):
-                        slot = int32(of + its_phase * STAGES)
                         clear_unseen(
                             int32(shared + V_AT + of * V_BYTES),
-                            int32(shared + SEEN_AT + slot * SEEN_BYTES), key, key_lo, key_hi,
-                            words, some,
+                            int32(shared + SEEN_AT + int32(word & int32(TURNED)) * TURNED_BYTES),
+                            key, key_lo, key_hi, words, some,
                         )  # fmt: skip
                 else:
                     clear_unseen(
@@ -521,6 +524,7 @@ def make(tools: Any, config: Config) -> Any:
 
             def look():
                 # From products to weights, those of the tile of keys at hand.
+                nonlocal word
                 column = int32(0)
                 cut = key < all_lo or int32(key + KEYS) > all_hi
                 if BLOCKS:
@@ -560,8 +564,10 @@ def make(tools: Any, config: Config) -> Any:
                         )  # fmt: skip
                 if AT_TIMES:
                     if cut:
-                        slot = int32(stage + phase * STAGES)
-                        tell_seen(scores, int32(shared + SEEN_AT + slot * SEEN_BYTES))
+                        # Not where the warps may still be reading of the tile told of before.
+                        word = int32(word ^ int32(TURNED))
+                        slot = int32(word & int32(TURNED)) * TURNED_BYTES
+                        tell_seen(scores, int32(shared + SEEN_AT + slot))
                 else:
                     tell_seen(scores, int32(shared + SEEN_AT + stage * SEEN_BYTES))
                 weigh(scores, row_max, row_sum, rescale, scale_log2)
@@ -602,27 +608,27 @@ def make(tools: Any, config: Config) -> Any:
                     outputs[i] = float32(0)
                 if BLOCKS:
                     slot = int32(shared + TOLD + 4 * (stage + phase * STAGES))
-                    hear(slot, word, key, key_lo)
+                    hear(slot, word, key)
                 else:
                     key = int32((key_hi - int32(1)) // int32(KEYS) * int32(KEYS))
                 look()
                 for i in unrolled(WEIGHTS):
                     weights[i] = pack(scores[2 * i], scores[2 * i + 1])
 
-                while key > key_lo:
+                while word & int32(LAST) == 0 if BLOCKS else key > key_lo:
                     before, phase_before = stage, phase
                     advance(stage, phase, STAGES)
                     wait(int32(shared + K_FULL + 8 * stage), phase)
                     begin()
                     wait(int32(shared + V_FULL + 8 * before), phase_before)
-                    clear(before, phase_before)
+                    clear(before)
                     begin_outputs(outputs, weights, int32(v_places + before * V_STEP))
                     scores_ready(scores)
                     if leader:
                         arrive(int32(shared + K_EMPTY + 8 * stage))
                     if BLOCKS:
                         slot = int32(shared + TOLD + 4 * (stage + phase * STAGES))
-                        hear(slot, word, key, key_lo)
+                        hear(slot, word, key)
                     else:
                         key = int32(key - KEYS)
                     look()
@@ -638,7 +644,7 @@ def make(tools: Any, config: Config) -> Any:
                     arrive(int32(shared + Q_EMPTY + 8 * q_stage))
                 advance(q_stage, q_phase, Q_STAGES)
                 wait(int32(shared + V_FULL + 8 * stage), phase)
-                clear(stage, phase)
+                clear(stage)
                 begin_outputs(outputs, weights, int32(v_places + stage * V_STEP))
                 # The first scores of the next tile are made while the outputs of this one are
                 # finished and written; after the last tile nobody looks at what is made.

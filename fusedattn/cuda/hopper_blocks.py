@@ -39,6 +39,8 @@ KIND = (1 << KIND_BITS) - 1
 # What consumers are told of a tile: its first key, a multiple of 16, its kind, and whether it is
 # the last one.
 LAST = 1 << KIND_BITS
+# What each of them adds: it changes with each tile that warps tell each other of.
+TURNED = 8
 # What the order of the tiles says of one where there are walks: what it says without, and where its
 # walk begins, in bytes from the beginning of the order.
 TURN_BYTES = 32
@@ -177,13 +179,10 @@ def make(tools: Any, config: Any) -> Pieces:
         tell_tile(slot, tile)
 
     @inlined
-    def hear(slot, word, key, key_lo):
-        # Which tile of keys is at hand; there are no others below the last one.
-        word = hear_tile(slot)
+    def hear(slot, word, key):
+        # Which tile of keys is at hand.
+        word = int32(hear_tile(slot) | (word & int32(TURNED)))
         key = int32(word & int32(-16))
-        key_lo = int32(key - int32(1))
-        if word & int32(LAST) != 0:
-            key_lo = key
 
     @inlined
     def ask(scores, key, column, kind, low, high, query, query_head, batch, *extra):

@@ -3,9 +3,9 @@
 They may hold NaN, and 0 * NaN is no 0. Where intervals alone hide keys, the rows of a tile tell
 which keys none of them sees. Where keys are hidden one by one, the warps tell each other: a thread
 holds for its two rows the keys ``i // 2 * 8 + column + i % 2``, one bit each, and the four threads
-of a row have a word each. All meet before they read, so whoever tells of a tile knows that the
-tile before it has been read. Where some tiles are not told of (block masks), nobody meets at them,
-and a warpgroup may be a stage ahead: words then last for two rounds of the stages.
+of a row have a word each. All meet before they read, so whoever tells of a tile knows that what was
+told of the last tile but one has been read. There is a place for each stage; where some tiles are
+not told of (block masks), nobody meets at them, and two places take turns.
 """
 
 # "not a == b" is true of NaN with every compiler; "a != b" is not.

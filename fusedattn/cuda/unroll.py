@@ -191,14 +191,26 @@ class _Unroller(ast.NodeTransformer):
 
     def visit_If(self, node: ast.If) -> Any:
         """Choose a branch now where the condition is a constant of the kernel."""
-        test: Any = None
-        if isinstance(node.test, ast.Constant):
-            test = node.test.value
-        elif isinstance(node.test, ast.Name):
-            test = self._space.get(node.test.id)
-        if not isinstance(test, bool):
+        test = self._decided(node.test)
+        if test is None:
             return self.generic_visit(node)
         return self._written_out(node.body if test else node.orelse)
+
+    def visit_IfExp(self, node: ast.IfExp) -> Any:
+        """Choose an expression now where the condition is a constant of the kernel."""
+        test = self._decided(node.test)
+        if test is None:
+            return self.generic_visit(node)
+        return self.visit(node.body if test else node.orelse)
+
+    def _decided(self, node: ast.expr) -> bool | None:
+        """Return what a condition is, if that is known."""
+        test: Any = None
+        if isinstance(node, ast.Constant):
+            test = node.value
+        elif isinstance(node, ast.Name):
+            test = self._space.get(node.id)
+        return test if isinstance(test, bool) else None
 
     def visit_Subscript(self, node: ast.Subscript) -> Any:
         """Make an index unsigned."""
