@@ -207,6 +207,18 @@ def test_pieces_inside_a_kernel_assign_to_what_they_say():
     assert function(10) == unroll(function, int)(10) == (100, 33)
 
 
+@pytest.mark.parametrize("even", [True, False])
+def test_conditions_that_are_constants_of_the_kernel_are_decided(even):
+    def function(n):
+        while n > 4 if even else n > 7:
+            n -= 2
+        return n
+
+    made = unroll(function, int)
+    assert "even" not in made.__code__.co_names
+    assert made(10) == function(10) == (4 if even else 6)
+
+
 def test_a_piece_cannot_assign_to_what_is_no_variable():
     @inlined
     def clear(x):

@@ -176,11 +176,8 @@ def make(tools: Any, config: Config) -> Any:
     FEATURED = features != PLAIN
     HIDES, SINKS, DROPOUT = features.hides, features.sinks is not None, features.dropout
     BLOCKS, AT_TIMES = features.blocks, config.tells_at_times
-    LAST, TURNED, TURNED_BYTES = (
-        hopper_blocks.LAST,
-        hopper_blocks.TURNED,
-        SEEN_BYTES // hopper_blocks.TURNED,
-    )
+    LAST, TURNED = hopper_blocks.LAST, hopper_blocks.TURNED
+    TURNED_BYTES = SEEN_BYTES // TURNED
     TURN, KIND, FULL = config.turn_bytes, hopper_blocks.KIND, masks.FULL
     sink_of, begin_rows, touch, hide, weigh, drop, finish = hopper_scores.make(tools, config)
     tell_seen, clear_unseen = hopper_values.make(tools, config)
