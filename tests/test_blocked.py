@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusedattn import blocked, dispatch, merge, reference
+from fusedattn import attention, blocked, dispatch, merge, reference
 from fusedattn.problem import make_problem
 from fusedattn.testing.compare import assert_within
 from fusedattn.testing.strategies import attention_problems
@@ -30,6 +30,19 @@ def test_finite_inputs_give_finite_outputs_at_any_magnitude(case, blocks):
     out, lse = blocked.forward(case.problem, block_q=block_q, block_k=block_k)
     assert np.isfinite(out.astype(np.float64)).all()
     assert not (np.isnan(lse) | np.isposinf(lse)).any()
+
+
+@pytest.mark.parametrize("backend", ["blocked", "cpu"])
+@pytest.mark.parametrize("seqlen_k", [0, 3])
+def test_a_sink_that_is_not_finite_makes_rows_nan_whether_they_see_keys_or_not(backend, seqlen_k):
+    q = k = np.ones((4, 3, 2), np.float32)
+    options = {"sinks": np.array([np.nan, np.inf, -np.inf, 1], np.float32), "return_lse": True}
+    options |= {"seqused_k": seqlen_k, "causal": True, "seqused_q": 2}
+    got = attention(q, k, k, backend=backend, **options)
+    expected = attention(q, k, k, backend="reference", **options)
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+    assert np.isnan(got[1]).sum() == 4
 
 
 def operands(dtype=np.float64, seqlen_q=9, seqlen_k=13):

@@ -59,7 +59,8 @@ def row_states(
         # A sink is a key without a value. Rows past seqused_q have none, so a logit of -inf.
         active = np.arange(rows.start, rows.stop) < head.keys.seqused_q
         row_max = np.where(active, head.sink, row_max)
-        row_sum = np.ones(count, accumulator)
+        # Its weight is 1, or 0 where there is none, or NaN where it is no number or infinite.
+        row_sum = np.exp(row_max - np.where(row_max == -np.inf, accumulator.type(0), row_max))
 
     # Blocks that no row sees are not visited at all. Blocks start at multiples of block_k of the
     # absolute key index, so that the same keys meet in a block however the queries are cut.
@@ -126,6 +127,8 @@ def _row_in_float64(head: Head, row: int, block_k: int) -> tuple[Array, float]:
     row_max, row_sum = -np.inf, 0.0
     if head.sink is not None and row < head.keys.seqused_q:
         row_max, row_sum = float(head.sink), 1.0
+        if not row_max < np.inf:
+            return np.full(problem.head_dim_v, np.nan), np.nan
     for scores, _, _ in _seen_tiles(head, row, block_k):
         new_max = np.maximum(row_max, scores.max(initial=-np.inf))
         shift = 0.0 if new_max == -np.inf else new_max
