@@ -161,6 +161,7 @@ class _Source(CodeLibrary):
         super().__init__(codegen, name)
         self.linked: list[Any] = []
         self._text = ""
+        self._reload_init: set[str] = set()  # which older versions of Numba leave to us
 
     def add_ir_module(self, ir_module: Any) -> None:
         self._text = cgutils.normalize_ir_text(str(ir_module))
