@@ -1,8 +1,8 @@
 """Files with compiled code: whole and ours, or absent.
 
-A file that cannot be read, or is not whole, counts as absent; one that cannot be written is not
-missed. What a file's name has to depend on is its owner's business (`fusedattn.cpu.cache`,
-`fusedattn.cuda.compiler`).
+A file that cannot be read, is not whole, or was written under another name, counts as absent; one
+that cannot be written is not missed. What a file's name has to depend on is its owner's business
+(`fusedattn.cpu.cache`, `fusedattn.cuda.compiler`).
 """
 
 from __future__ import annotations
@@ -49,6 +49,11 @@ def digest_of(paths: Iterable[Path]) -> bytes:
     return digest.digest()
 
 
+def _digest(path: Path, payload: bytes) -> bytes:
+    """Digest of a file's name, which says what the code is, and its content."""
+    return hashlib.sha256(path.name.encode() + b"\0" + payload).digest()
+
+
 def read(path: Path) -> bytes | None:
     """Return what was written, or None if it is absent, unreadable or not whole."""
     try:
@@ -56,7 +61,7 @@ def read(path: Path) -> bytes | None:
     except OSError:
         return None
     digest, payload = whole[:_DIGEST_BYTES], whole[_DIGEST_BYTES:]
-    return payload if hashlib.sha256(payload).digest() == digest else None
+    return payload if _digest(path, payload) == digest else None
 
 
 def write(path: Path, payload: bytes) -> None:
@@ -66,7 +71,7 @@ def write(path: Path, payload: bytes) -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".partial-")
         with os.fdopen(handle, "wb") as file:
-            file.write(hashlib.sha256(payload).digest() + payload)
+            file.write(_digest(path, payload) + payload)
         os.replace(temporary, path)
     except OSError:
         pass

@@ -130,6 +130,17 @@ def test_damaged_files_are_compiled_and_written_again(filled, folder):
         assert kernel_files.read(folder / name) is not None
 
 
+def test_whole_files_of_another_kind_are_compiled_again(filled, folder):
+    """A digest that fits a file does not make it fit to be loaded under another's name."""
+    first, *others = sorted(folder.iterdir())
+    payloads = {path: path.read_bytes() for path in (first, *others)}
+    for path, stranger in zip((first, *others), (*others, first), strict=True):
+        path.write_bytes(payloads[stranger])
+        assert kernel_files.read(path) is None
+    assert python(CALL, FUSEDATTN_CACHE_DIR=folder) == filled[1]
+    assert all(kernel_files.read(path) for path in payloads)
+
+
 NO_FOLDER = {
     "below a file": "/dev/null/fusedattn",
     "a file": "FILE",

@@ -1,8 +1,8 @@
 """Compiled kernels on disk, so that only the first process of a machine waits for the compiler.
 
-The key of a file is what the machine code depends on: the source
-of this package's kernels, the tile shape, the CPU and the versions of the compilers.
-The files are those of `fusedattn.kernel_files`.
+The key of a file is what the machine code depends on: the source of this package's kernels, the
+tile shape, the CPU and the versions of the compilers. The files are those of
+`fusedattn.kernel_files`.
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 from fusedattn import kernel_files
-from fusedattn.cpu.tile import narrowed_features, narrowed_name
+from fusedattn.cpu.host import host_features, host_name
 
 
 @functools.cache
@@ -39,13 +39,12 @@ def _versions() -> tuple[str, ...]:
 def _key(detail: object) -> str:
     from llvmlite import binding
 
-    features = narrowed_features()  # an empty text is a choice
     parts = (
         sys.version,
         *_versions(),
         binding.get_process_triple(),
-        narrowed_name() or binding.get_host_cpu_name(),
-        binding.get_host_cpu_features().flatten() if features is None else features,
+        host_name(),
+        host_features(),
         os.environ.get("NUMBA_OPT"),
         detail,
     )

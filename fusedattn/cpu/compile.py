@@ -15,8 +15,9 @@ from typing import Any, NamedTuple, cast
 import llvmlite.binding as llvm
 
 from fusedattn.cpu.cache import fetch
+from fusedattn.cpu.host import host_features, host_name
 from fusedattn.cpu.interface import BACKWARD_GROUPS, GROUPS, RESCUE_SIGNATURES
-from fusedattn.cpu.tile import Tile, narrowed_features, narrowed_name
+from fusedattn.cpu.tile import Tile
 from fusedattn.undisturbed import undisturbed
 
 Worker = Callable[[int, int], int]
@@ -78,12 +79,12 @@ def _program(name: str, module: str, signatures: dict[str, str]) -> Loaded:
     Its module, and with it Numba, is loaded to compile alone.
     """
 
-    # More than the first level gains nothing for the macro loops, and takes a quarter of a second.
     def make() -> bytes:
         from fusedattn.cpu.kernel import Entry, emit_program
 
         kernels = import_module(f"fusedattn.cpu.{module}")
         entries = [Entry(name, getattr(kernels, name), kind) for name, kind in signatures.items()]
+        # More than the first level gains nothing for them, and takes a quarter of a second.
         return bytes(compile_module(emit_program(entries), host_machine(), speed_level=1))
 
     return load(fetch(name, "", make), signatures)
@@ -139,12 +140,6 @@ def get_micro(tile: Tile, group: str) -> Loaded:
     return load(code, (GROUPS | BACKWARD_GROUPS)[group])
 
 
-def host_features() -> str:
-    """Return what this host's processor has, in LLVM's words, or what it is narrowed to."""
-    features = narrowed_features()
-    return str(llvm.get_host_cpu_features().flatten()) if features is None else features
-
-
 def host_machine(
     cpu: str | None = None, features: str | None = None, triple: str | None = None
 ) -> Any:
@@ -153,7 +148,7 @@ def host_machine(
     llvm.initialize_native_asmprinter()
     triple = triple or llvm.get_process_triple()
     if cpu is None:
-        cpu, features = narrowed_name() or llvm.get_host_cpu_name(), host_features()
+        cpu, features = host_name(), host_features()
     return llvm.Target.from_triple(triple).create_target_machine(
         cpu=cpu, features=features or "", opt=3, jit=True
     )

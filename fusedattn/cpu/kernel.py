@@ -44,15 +44,15 @@ _PASSES = (
 
 
 class Entry(NamedTuple):
-    """A C function of a program: its name, the kernel it enters, and its signature in letters."""
+    """A C function of a program: its name, the plain function it is, its signature in letters."""
 
     name: str
-    kernel: Callable[..., Any]
+    function: Callable[..., Any]
     signature: str
 
 
 def kernel(signature: str) -> Callable[[Any], Any]:
-    """Return a decorator that makes a function one that other kernels, or an `Entry`, can call.
+    """Return a decorator that makes a function one that other kernels, and entries, can call.
 
     ``signature`` is as in `fusedattn.cpu.simd.define`, with ``b`` for bool and ``ii`` for a pair
     behind the ``>``.
@@ -75,7 +75,7 @@ def emit_program(entries: Iterable[Entry]) -> Any:
         libraries: dict[Any, None] = {}
         module = ir.Module(name="fusedattn_program")
         for entry in entries:
-            lowered = _Lowered(entry.kernel, numba_signature(entry.signature))
+            lowered = _Lowered(entry.function, numba_signature(entry.signature))
             lowered.enter(target, module, entry)
             names.append(entry.name)
             _collect(lowered.library, libraries)

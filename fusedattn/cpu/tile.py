@@ -2,17 +2,18 @@
 
 Lanes hold queries. A *panel* is `vectors * width` query rows; the micro-kernels multiply it by
 `rows` keys (or value columns) at a time, so `rows * vectors` accumulators stay in registers. The
-numbers depend on the instruction set, the element type and the head dims, and on nothing else:
-neither threads nor sequence lengths nor neighbours in the batch may move a bit of a result.
+numbers depend on the instruction set, the element type, the head dims and, where query rows are few
+(`FEW_ROWS`, `Isa.vector_rows`), on how many there are: neither threads nor other lengths nor
+neighbours in the batch may move a bit of a result.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import os
 from dataclasses import dataclass
 
+from fusedattn.cpu.host import host_features
 from fusedattn.cpu.permission import may_use_tiles
 from fusedattn.undisturbed import undisturbed
 
@@ -63,32 +64,10 @@ AMX = Isa("AVX-512", 64, 32, matrix=True)
 SIMD128 = Isa("128-bit SIMD", 16, 32)
 
 
-def narrowed_name() -> str | None:
-    """Return the processor to compile for if it is not the host's, by ``NUMBA_CPU_NAME``."""
-    return os.environ.get("NUMBA_CPU_NAME") or None
-
-
-def narrowed_features() -> str | None:
-    """Return the features to compile for if they are not all that the host has.
-
-    By ``NUMBA_CPU_FEATURES`` and ``NUMBA_CPU_NAME=generic``, which narrow Numba itself.
-    """
-    features = os.environ.get("NUMBA_CPU_FEATURES")
-    generic = (narrowed_name() or "").lower() == "generic"
-    return "" if features is None and generic else features
-
-
 @functools.cache
 def host_isa() -> Isa:
     """Return the vector unit that is compiled for."""
-    narrowed = narrowed_features()
-    if narrowed is not None:
-        enabled = {word[1:] for word in narrowed.split(",") if word.startswith("+")}
-    else:
-        import llvmlite.binding as llvm
-
-        features = undisturbed(llvm.get_host_cpu_features)
-        enabled = {name for name, on in features.items() if on}
+    enabled = {word[1:] for word in undisturbed(host_features).split(",") if word.startswith("+")}
     if {"avx512f", "avx512dq", "avx512bw", "avx512vl"} <= enabled:
         return AMX if {"amx-tile", "amx-bf16"} <= enabled and may_use_tiles() else AVX512
     if {"avx2", "fma", "f16c"} <= enabled:
