@@ -304,6 +304,18 @@ def make_problem(
     )
 
 
+def batch_offsets(batch_shape: tuple[int, ...], strides: tuple[int, ...]) -> NDArray[np.int64]:
+    """Bytes from the first batch item of an array to each, flat in C order.
+
+    >>> batch_offsets((2, 3), (100, 10, 4))
+    array([  0,  10,  20, 100, 110, 120])
+    """
+    offsets = np.zeros(1, np.int64)
+    for length, stride in zip(batch_shape, strides[: len(batch_shape)], strict=True):
+        offsets = (offsets[:, None] + np.arange(length, dtype=np.int64) * stride).ravel()
+    return offsets
+
+
 def make_lengths(
     q_offset: Any,
     seqused_q: Any,

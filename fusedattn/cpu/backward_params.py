@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from fusedattn.cpu.choice import SHARED_ROWS, STORAGE_NAME, in_natural_units
 from fusedattn.cpu.interface import BACKWARD_GROUPS, LOG2_E, UNSEEN
-from fusedattn.cpu.lowering import address_of, batch_offsets, lower_block_mask, lower_scores
+from fusedattn.cpu.lowering import address_of, lower_block_mask, lower_scores
 from fusedattn.cpu.params import OPERANDS, PARAMS
 from fusedattn.cpu.tile import STORAGE_CODE, Tile, backward_tile_for
-from fusedattn.problem import AttentionProblem
+from fusedattn.problem import AttentionProblem, batch_offsets
 
 # How the gradient of the bias is collected.
 NO_BIAS, SUM_OVER_KEYS, SUM_OVER_ROWS, EACH_ENTRY = range(4)

@@ -63,14 +63,6 @@ def out_strides(problem: AttentionProblem) -> tuple[int, ...]:
     return tuple(strides)
 
 
-def batch_offsets(batch_shape: tuple[int, ...], strides: tuple[int, ...]) -> NDArray[np.int64]:
-    """Bytes from the first batch item to each, flat in C order."""
-    offsets = np.zeros(1, np.int64)
-    for length, stride in zip(batch_shape, strides[: len(batch_shape)], strict=True):
-        offsets = (offsets[:, None] + np.arange(length, dtype=np.int64) * stride).ravel()
-    return offsets
-
-
 def lower_scores(problem: AttentionProblem, record: NDArray[Any]) -> None:
     """Units of the scores, softcap and dropout."""
     scale = problem.scale

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from fusedattn.cpu.choice import STORAGE_NAME
 from fusedattn.cpu.lowering import (
     address_of,
-    batch_offsets,
     lower_block_mask,
     lower_scores,
     lower_scratch,
@@ -22,7 +21,7 @@ from fusedattn.cpu.params import OFFSETS, OPERANDS, PARAMS, STOP
 from fusedattn.cpu.tile import STORAGE_CODE, Tile
 from fusedattn.cpu.user.words import describe_tables
 from fusedattn.masks import relative_bounds
-from fusedattn.problem import AttentionProblem, Lengths
+from fusedattn.problem import AttentionProblem, Lengths, batch_offsets
 
 _INDEX = {name: offset // 8 for name, offset in OFFSETS.items()}
 _WORDS = ctypes.c_int64 * len(_INDEX)

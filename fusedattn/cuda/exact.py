@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from fusedattn.cuda import compiler, driver, hopper_exact, launch
 from fusedattn.cuda.params import lengths_of
 from fusedattn.cuda.schedule import schedule
-from fusedattn.cuda.tensor_cores import address_of, bounds_of, offsets_of
-from fusedattn.problem import AttentionProblem, Lengths
+from fusedattn.cuda.tensor_cores import address_of, bounds_of
+from fusedattn.problem import AttentionProblem, Lengths, batch_offsets
 
 Array = NDArray[Any]
 
@@ -130,7 +130,9 @@ def item_table(problem: AttentionProblem) -> Array:
     table = np.zeros((problem.batch_size, hopper_exact.ITEM_BYTES), np.uint8)
     table[:, :16] = bounds_of(problem, lengths_of(problem)).view(np.uint8)
     arrays = (problem.q, problem.k, problem.v, problem.out)
-    offsets = np.stack([offsets_of(problem, array) for array in arrays], axis=-1)
+    offsets = np.stack(
+        [batch_offsets(problem.batch_shape, array.strides) for array in arrays], axis=-1
+    )
     table[:, 16:] = offsets.view(np.uint8)
     return table
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fusedattn.cuda import user
 from fusedattn.cuda.hopper_scores import PLACES, Features
-from fusedattn.problem import AttentionProblem
+from fusedattn.problem import AttentionProblem, batch_offsets
 
 Array = NDArray[Any]
 
@@ -77,10 +77,7 @@ def place_table(problem: AttentionProblem) -> NDArray[np.int64]:
         if array is not None:
             inner = 3 if name in ("mask", "bias") else 1
             steps = array.strides[:-inner] or (0,) * len(problem.batch_shape)
-            offsets = np.zeros(1, np.int64)
-            for n, step in zip(problem.batch_shape, steps, strict=True):
-                offsets = (offsets[:, None] + np.arange(n, dtype=np.int64) * step).ravel()
-            table[:, PLACES.index(name)] = offsets
+            table[:, PLACES.index(name)] = batch_offsets(problem.batch_shape, steps)
     return table
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusedattn.masks import relative_bounds
-from fusedattn.problem import AttentionProblem, Lengths
+from fusedattn.problem import AttentionProblem, Lengths, batch_offsets
 
 Array = NDArray[Any]
 
@@ -103,11 +103,8 @@ def real_table(problem: AttentionProblem) -> NDArray[Any]:
 
 def item_offsets(span: Span, batch_shape: tuple[int, ...], axes: int) -> NDArray[np.int64]:
     """Where each batch item of an operand begins; its last `axes` are no batch axes."""
-    offsets = np.full(1, span.offset, np.int64)
     strides = span.strides[:-axes] or (0,) * len(batch_shape)
-    for n, stride in zip(batch_shape, strides, strict=True):
-        offsets = (offsets[:, None] + np.arange(n, dtype=np.int64) * stride).ravel()
-    return offsets
+    return span.offset + batch_offsets(batch_shape, strides)
 
 
 def word_table(

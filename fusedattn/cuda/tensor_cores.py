@@ -23,7 +23,7 @@ from fusedattn.cuda.hopper_scores import PLAIN, Features
 from fusedattn.cuda.params import SPLIT_KEYS, SPLIT_QUERIES, lengths_of, span_of, unit_heads
 from fusedattn.cuda.schedule import schedule
 from fusedattn.masks import MAX_SEQLEN, relative_bounds
-from fusedattn.problem import AttentionProblem, Lengths
+from fusedattn.problem import AttentionProblem, Lengths, batch_offsets
 
 Array = NDArray[Any]
 
@@ -349,7 +349,7 @@ def item_table(problem: AttentionProblem, launch: Launch) -> Array:
         offsets = np.arange(problem.batch_size, dtype=np.int64) * launch.out_item
     else:
         assert problem.out is not None
-        offsets = offsets_of(problem, problem.out)
+        offsets = batch_offsets(problem.batch_shape, problem.out.strides)
     table = np.zeros((problem.batch_size, hopper.ITEM_BYTES), np.uint8)
     _enter(table, problem, lengths_of(problem))
     table[:, 16:24] = offsets[:, None].view(np.uint8)
@@ -376,11 +376,3 @@ def bounds_of(problem: AttentionProblem, lengths: Lengths) -> NDArray[np.int32]:
         axis=-1,
     )
     return bounds.astype(np.int32)
-
-
-def offsets_of(problem: AttentionProblem, array: Array) -> NDArray[np.int64]:
-    """Return how many bytes behind its first element each item of the batch begins."""
-    offsets = np.zeros(1, np.int64)
-    for n, step in zip(problem.batch_shape, array.strides, strict=False):
-        offsets = (offsets[:, None] + np.arange(n, dtype=np.int64) * step).ravel()
-    return offsets
