@@ -75,7 +75,7 @@ def kernels():
     """Kernels by name."""
     made = {}
     for dims, tile in tensor_cores._TILES.items():
-        config = hopper.Config("bfloat16", "bfloat16", *dims, *tile)
+        config = hopper.Config("bfloat16", "bfloat16", *dims, *tile, vectors=True)
         made[f"hopper-{dims[0]}-{dims[1]}"] = tensor_cores.kernel_of(config)
     for dims, tile in tensor_cores._FEW_TILES.items():
         config = hopper.Config("bfloat16", "float32", *dims, *tile, packed=True, split_keys=512)
@@ -89,7 +89,7 @@ def kernels():
             made[f"exact-{dims}{label}"] = exact.kernel_of(config)
     for name, features in FEATURES.items():
         for dims, tile in tensor_cores.tiles_for(features).items():
-            config = hopper.Config("bfloat16", "bfloat16", *dims, *tile, features=features)
+            config = hopper.Config("bfloat16", "bfloat16", *dims, *tile, False, 0, features, True)
             made[f"hopper-{dims[0]}-{dims[1]}-{name}"] = tensor_cores.kernel_of(config)
         for dims, tile in tensor_cores._FEW_TILES.items():
             config = hopper.Config("bfloat16", "float32", *dims, *tile, True, 512, features)

@@ -50,7 +50,7 @@ each_compiler = pytest.mark.parametrize(
 def test_the_hopper_kernel_keeps_everything_in_registers(compiler, dims):
     name = f"hopper-{dims[0]}-{dims[1]}"
     report = compiled(compiler, "sm_90a", name)[name]
-    warpgroups = tensor_cores._TILES[dims][0]
+    warpgroups = tensor_cores._TILES[dims].warpgroups
     # All that a block of so many threads may have at the start.
     registers = 65536 // (128 * (1 + warpgroups)) // 8 * 8
     assert report == {"stack": 0, "spills": 0, "registers": registers, "warnings": []}
@@ -163,8 +163,8 @@ def test_other_portable_kernels_keep_everything_in_registers(compiler):
 @pytest.mark.parametrize("tiles", [tensor_cores._TILES, tensor_cores._FEW_TILES])
 @pytest.mark.parametrize("dims", tensor_cores._TILES)
 def test_a_tile_asks_for_as_many_matrix_instructions_as_its_products_need(dims, tiles):
-    warpgroups, keys, stages = tiles[dims]
-    config = hopper.Config("bfloat16", "bfloat16", *dims, warpgroups, keys, stages)
+    config = hopper.Config("bfloat16", "bfloat16", *dims, *tiles[dims])
+    keys = config.block_k
     scores = ptx.products(keys, "bfloat16", dims[0], 1024, 1024)
     outputs = ptx.accumulate(dims[1], "bfloat16", keys)
     assert scores.text.count("wgmma.mma_async") == dims[0] // 16

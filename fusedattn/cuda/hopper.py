@@ -27,7 +27,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from fusedattn import masks
-from fusedattn.cuda import hopper_blocks, hopper_scores, hopper_values, ptx, user
+from fusedattn.cuda import hopper_blocks, hopper_outputs, hopper_scores, hopper_values, ptx, user
 from fusedattn.cuda.hopper_scores import NO_KEY, PLAIN, Features
 from fusedattn.cuda.unroll import inlined, unrolled
 
@@ -49,9 +49,11 @@ class Config(NamedTuple):
     warpgroups: int  # that compute, of 64 rows each
     block_k: int
     stages: int
+    turns: bool = False  # warpgroups give their products to the matrix unit in turns
     packed: bool = False  # several heads of a KV group in one tile
     split_keys: int = 0  # keys of a tile; 0: all
     features: Features = PLAIN
+    vectors: bool = False  # 16 bytes of a row of out are stored at once
 
     @property
     def block_q(self) -> int:
@@ -126,6 +128,9 @@ TURN_BYTES = 16
 NOTE_BYTES = 64
 NOTES = 4
 
+# The number of the barrier at which the first warpgroup waits for its turn; the others' come next.
+FIRST_TURN = 2
+
 # Registers of a thread that loads, and of one that computes, by the number of those warpgroups.
 _REGISTERS = {1: (56, 240), 2: (40, 232), 3: (32, 160)}
 
@@ -166,10 +171,9 @@ def make(tools: Any, config: Config) -> Any:
     K_MAJOR = ptx.descriptor_words(16, 1024)[0]
     MN_MAJOR = ptx.descriptor_words(KV_PANEL, 1024)[0]
     K_STEP, V_STEP = K_BYTES >> 4, V_BYTES >> 4
-    WIDE = config.out_storage == "float32"
-    OUT_BYTES = 4 if WIDE else 2
     few, many = _REGISTERS[WARPGROUPS]
     CONSUMERS = WARPGROUPS * WARPGROUP
+    TURNS = config.turns
     PACKED, SPLIT, SPLIT_KEYS = config.packed, config.split_keys > 0, config.split_keys
     features = config.features
     TOUCHED = features.natural or features.hides
@@ -182,15 +186,13 @@ def make(tools: Any, config: Config) -> Any:
     sink_of, begin_rows, touch, hide, weigh, drop, finish = hopper_scores.make(tools, config)
     tell_seen, clear_unseen = hopper_values.make(tools, config)
     set_out, look_ahead, hear, ask = hopper_blocks.make(tools, config)
+    COLUMN_BYTES, write_row, fill_row = hopper_outputs.make(tools, config)
 
     shared_base, load_int, load_long = asm(ptx.SHARED_BASE), asm(ptx.LOAD_INT), asm(ptx.LOAD_LONG)
-    store_word, store_float = asm(ptx.STORE_WORD), asm(ptx.STORE_FLOAT)
-    store_floats = asm(ptx.STORE_FLOATS)
-    this_thread = asm(ptx.THREAD)
+    store_float, this_thread = asm(ptx.STORE_FLOAT), asm(ptx.THREAD)
     tell, tell_long = asm(ptx.STORE_SHARED_INT), asm(ptx.STORE_SHARED_LONG)
     told, told_long = asm(ptx.LOAD_SHARED_INT), asm(ptx.LOAD_SHARED_LONG)
     pack = asm(ptx.PACK[config.storage])
-    pack_out = asm(ptx.PACK["bfloat16" if WIDE else config.out_storage])
     barrier_init, barrier_fence = asm(ptx.BARRIER_INIT), asm(ptx.BARRIER_INIT_FENCE)
     arrive, expect, wait = asm(ptx.BARRIER_ARRIVE), asm(ptx.BARRIER_EXPECT), asm(ptx.BARRIER_WAIT)
     prefetch, load_tile = asm(ptx.PREFETCH_MAP), asm(ptx.LOAD_TILE)
@@ -198,6 +200,7 @@ def make(tools: Any, config: Config) -> Any:
     more_registers = asm(ptx.set_registers(many, more=True))
     first_lane = asm(ptx.FIRST_LANE)
     consumers_meet = asm(ptx.barrier(1, CONSUMERS))
+    meet, arrive_at = asm(ptx.MEET), asm(ptx.ARRIVE)
     begin_scores = asm(ptx.products(KEYS, config.storage, DIMS, Q_PANEL, KV_PANEL))
     begin_outputs = asm(ptx.accumulate(DIMS_V, config.storage, KEYS))
     scores_ready = asm(ptx.wait_for(SCORES, 1))
@@ -235,16 +238,6 @@ def make(tools: Any, config: Config) -> Any:
         for h in unrolled(2):
             lo, hi = row_interval(query[h], k_from, k_to, used_q, used_k)
             low[h], high[h] = int32(lo), int32(hi)
-
-    @inlined
-    def write_row(h, outputs, factor, to, head_dim_v):
-        for i in unrolled(OUTPUTS // 4):
-            if int32(i * 8) < head_dim_v:
-                x, y = outputs[4 * i + 2 * h] * factor, outputs[4 * i + 2 * h + 1] * factor
-                if WIDE:
-                    store_floats(to + int64(i * 8 * OUT_BYTES), x, y)
-                else:
-                    store_word(to + int64(i * 8 * OUT_BYTES), pack_out(x, y))
 
     def kernel(
         q_map, k_map, v_map, out, lse, items, order, out_head, out_row, split_rows,
@@ -423,6 +416,15 @@ def make(tools: Any, config: Config) -> Any:
             if BLOCKS:
                 key, word = int32(0), int32(0)
 
+            def await_turn():
+                meet(int32(FIRST_TURN + warpgroup), int32(2 * WARPGROUP))
+
+            def pass_turn():
+                follower = int32(warpgroup + 1)
+                if follower == WARPGROUPS:
+                    follower = int32(0)
+                arrive_at(int32(FIRST_TURN + follower), int32(2 * WARPGROUP))
+
             def my_queries(row_lo, head):
                 # Which query of which head my rows are; none of any head past the last.
                 my_row = int32(0)
@@ -453,7 +455,7 @@ def make(tools: Any, config: Config) -> Any:
                 heads_before = int64(batch) * int64(num_heads) + int64(query_head[h])
                 to_lse = lse + (row + heads_before * int64(seqlen_q)) * int64(4)
                 to = out + out_item + int64(query_head[h]) * out_head + row * out_row
-                to += int64(column) * int64(OUT_BYTES)
+                to += int64(column) * int64(COLUMN_BYTES)
 
             def find():
                 # The next tile with keys; what belongs into those without is written on the way.
@@ -474,7 +476,7 @@ def make(tools: Any, config: Config) -> Any:
                         for h in unrolled(2):
                             if query[h] < seqlen_q:
                                 place(h)
-                                row_lse, value, bits = float32(NO_KEY), float32(0), int32(0)
+                                row_lse, value = float32(NO_KEY), float32(0)
                                 if SINKS:
                                     if split == 0 and query[h] < told(int32(note + 24)):
                                         sink_of(
@@ -484,18 +486,9 @@ def make(tools: Any, config: Config) -> Any:
                                             # NaN of one that is not finite.
                                             value = row_lse - row_lse
                                             row_lse += value
-                                            bits = pack_out(value, value)
                                 if lse != 0 and column == 0:
                                     store_float(to_lse, row_lse)
-                                for i in unrolled(DIMS_V // 8):
-                                    if int32(i * 8) < head_dim_v:
-                                        if WIDE:
-                                            store_floats(
-                                                to + int64(i * 8 * OUT_BYTES),
-                                                value, value,
-                                            )  # fmt: skip
-                                        else:
-                                            store_word(to + int64(i * 8 * OUT_BYTES), bits)
+                                fill_row(value, to, column, head_dim_v)
 
             def begin():
                 begin_scores(
@@ -574,6 +567,9 @@ def make(tools: Any, config: Config) -> Any:
                         threshold, seed_low, seed_high,
                     )  # fmt: skip
 
+            if TURNS:
+                if warpgroup == WARPGROUPS - 1:
+                    pass_turn()
             find()
             if found:
                 wait(int32(shared + K_FULL + 8 * stage), phase)
@@ -616,10 +612,19 @@ def make(tools: Any, config: Config) -> Any:
                     before, phase_before = stage, phase
                     advance(stage, phase, STAGES)
                     wait(int32(shared + K_FULL + 8 * stage), phase)
-                    begin()
-                    wait(int32(shared + V_FULL + 8 * before), phase_before)
-                    clear(before)
+                    if TURNS:
+                        # Whose turn it is must not wait for those whose turn it is not.
+                        wait(int32(shared + V_FULL + 8 * before), phase_before)
+                        clear(before)
+                        await_turn()
+                        begin()
+                    else:
+                        begin()
+                        wait(int32(shared + V_FULL + 8 * before), phase_before)
+                        clear(before)
                     begin_outputs(outputs, weights, int32(v_places + before * V_STEP))
+                    if TURNS:
+                        pass_turn()
                     scores_ready(scores)
                     if leader:
                         arrive(int32(shared + K_EMPTY + 8 * stage))
@@ -658,11 +663,16 @@ def make(tools: Any, config: Config) -> Any:
                 for h in unrolled(2):
                     total, factor, row_lse = row_sum[h], float32(1), float32(NO_KEY)
                     finish(total, row_max[h], scale_log2, keep_scale, factor, row_lse)
+                    dims_here = int32(0)
+                    place(h)
                     if query[h] < seqlen_q:
-                        place(h)
+                        dims_here = head_dim_v
                         if lse != 0 and column == 0:
                             store_float(to_lse, row_lse)
-                        write_row(h, outputs, factor, to, head_dim_v)
+                    write_row(h, outputs, factor, to, column, dims_here)
                 first_scores_ready(scores)
+            if TURNS:
+                if warpgroup == 0:
+                    await_turn()  # which the last has passed in the end
 
     return kernel

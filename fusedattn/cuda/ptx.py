@@ -20,6 +20,7 @@ LOAD_INT = Op("ld.global.b32 $0, [$1];", "r", "l")
 LOAD_LONG = Op("ld.global.b64 $0, [$1];", "l", "l")
 STORE_WORD = Op("st.global.b32 [$0], $1;", "", "lr")
 STORE_FLOAT = Op("st.global.f32 [$0], $1;", "", "lf")
+STORE_WORDS = Op("st.global.v4.b32 [$0], {$1, $2, $3, $4};", "", "lrrrr")
 STORE_FLOATS = Op("st.global.v2.f32 [$0], {$1, $2};", "", "lff")
 LOAD_SHARED_INT = Op("ld.shared.b32 $0, [$1];", "r", "r")
 LOAD_SHARED_LONG = Op("ld.shared.b64 $0, [$1];", "l", "r")
@@ -71,6 +72,8 @@ PACK = {
 }
 # The same toward zero, which never makes a finite number infinite.
 TRUNCATE = Op("cvt.rz.bf16x2.f32 $0, $2, $1;", "r", "ff")
+# A word of ones, from a bit on, and so many.
+BITS = Op("bmsk.clamp.b32 $0, $1, $2;", "r", "rr")
 # The value of the warp's first lane, which tells the compiler that it is the same in all.
 FIRST_LANE = Op("shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;", "r", "r")
 # The same value, of which compilers know nothing: what follows from it is not computed ahead of a
@@ -85,6 +88,27 @@ SWAP_2 = Op("shfl.sync.bfly.b32 $0, $1, 2, 0x1f, 0xffffffff;", "f", "f")
 def swap_words(bit: int) -> Op:
     """Return the same for an integer."""
     return Op(f"shfl.sync.bfly.b32 $0, $1, {bit}, 0x1f, 0xffffffff;", "r", "r")
+
+
+def exchange_words() -> Block:
+    """Transpose the four words of four neighbouring threads.
+
+    The scalar is twice the number of the thread among the four.
+    """
+    arrays = (("r", 4, True),)
+    (words,), (twice,) = Block.operands(arrays, "r")
+    lines = ["{ .reg .pred odd, high; .reg .b32 bit, word;"]
+    for name, bit in (("odd", 1), ("high", 2)):
+        lines += [f"and.b32 bit, {twice}, {2 * bit};", f"setp.ne.b32 {name}, bit, 0;"]
+        for first, second in ((0, 1), (2, 3)) if bit == 1 else ((0, 2), (1, 3)):
+            one, other = words[first], words[second]
+            lines += [
+                f"selp.b32 word, {one}, {other}, {name};",
+                f"shfl.sync.bfly.b32 word, word, {bit}, 0x1f, 0xffffffff;",
+                f"selp.b32 {one}, word, {one}, {name};",
+                f"selp.b32 {other}, {other}, word, {name};",
+            ]
+    return Block("\n".join([*lines, "}"]), arrays, "r")
 
 
 def kept_by_philox() -> Op:

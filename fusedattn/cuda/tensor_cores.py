@@ -27,33 +27,43 @@ from fusedattn.problem import AttentionProblem, Lengths, batch_offsets
 
 Array = NDArray[Any]
 
-# By head dims, rounded up: warpgroups that compute, keys of a tile, stages.
+
+class Tile(NamedTuple):
+    """The shape of a tile, and how warpgroups share the matrix unit."""
+
+    warpgroups: int  # that compute, of 64 rows each
+    block_k: int
+    stages: int
+    turns: bool = False
+
+
+# By head dims, rounded up. At 128 the warpgroups find better turns by themselves.
 _TILES = {
-    (64, 64): (3, 128, 3),
-    (128, 128): (2, 128, 2),
-    (192, 128): (2, 128, 2),
-    (256, 256): (2, 80, 2),
+    (64, 64): Tile(3, 128, 3, turns=True),
+    (128, 128): Tile(2, 128, 2),
+    (192, 128): Tile(2, 128, 2),
+    (256, 256): Tile(2, 80, 2, turns=True),
 }
 # The same for short sequences of which most tiles end at the diagonal: flat ones waste less.
 _SHORT = 1024
-_SHORT_TILES = {(64, 64): (2, 128, 4)}
+_SHORT_TILES = {(64, 64): Tile(2, 128, 4, turns=True)}
 # The same where something is done to scores, and where keys are hidden one by one: both take
 # registers.
-_FEATURED_TILES = {**_TILES, (64, 64): (2, 128, 4)}
+_FEATURED_TILES = {**_TILES, **_SHORT_TILES}
 _HIDING_TILES = {
-    (64, 64): (2, 64, 4),
-    (128, 128): (2, 64, 3),
-    (192, 128): (2, 64, 2),
-    (256, 256): (2, 64, 2),
+    (64, 64): Tile(2, 64, 4),
+    (128, 128): Tile(2, 64, 3),
+    (192, 128): Tile(2, 64, 2),
+    (256, 256): Tile(2, 64, 2),
 }
 # The same with a block mask and nothing else: most tiles are then as plain as without.
-_BLOCK_TILES = {**_FEATURED_TILES, (256, 256): (2, 64, 2)}
+_BLOCK_TILES = {**_FEATURED_TILES, (256, 256): Tile(2, 64, 2)}
 # The same for few queries, where bytes under way count and nothing else.
 _FEW_TILES = {
-    (64, 64): (1, 128, 4),
-    (128, 128): (1, 128, 3),
-    (192, 128): (1, 128, 2),
-    (256, 256): (1, 64, 3),
+    (64, 64): Tile(1, 128, 4),
+    (128, 128): Tile(1, 128, 3),
+    (192, 128): Tile(1, 128, 2),
+    (256, 256): Tile(1, 64, 3),
 }
 # Maps of operands that are remembered, of 384 bytes each.
 _MAPS = 1024
@@ -78,15 +88,29 @@ def config_of(problem: AttentionProblem) -> hopper.Config:
         cut = problem.causal or problem.window_size != (None, None)
         if cut and problem.seqlen_k <= _SHORT and not (features.hides or features.blocks):
             tiles = tiles | _SHORT_TILES
-        config = hopper.Config(storage, out_storage, *dims, *tiles[dims], features=features)
-        return config._replace(packed=unit_heads(problem, config.block_q) > 1)
-    if problem.seqlen_k > SPLIT_KEYS:
-        out_storage = "float32"
-    few = hopper.Config(storage, out_storage, *dims, *_FEW_TILES[dims])
-    return few._replace(packed=True, split_keys=SPLIT_KEYS, features=features)
+        packed, split_keys = unit_heads(problem, 64 * tiles[dims].warpgroups) > 1, 0
+    else:
+        tiles, packed, split_keys = _FEW_TILES, True, SPLIT_KEYS
+        if problem.seqlen_k > SPLIT_KEYS:
+            out_storage = "float32"
+    return hopper.Config(
+        storage,
+        out_storage,
+        *dims,
+        **tiles[dims]._asdict(),
+        packed=packed,
+        split_keys=split_keys,
+        features=features,
+        vectors=out_storage != "float32" and _has_vectors(problem.out),
+    )
 
 
-def tiles_for(features: Features) -> dict[tuple[int, int], tuple[int, int, int]]:
+def _has_vectors(out: Array | None) -> bool:
+    """Whether rows of out lie at multiples of 16 bytes; new ones do."""
+    return out is None or not any(step % 16 for step in (address_of(out), *out.strides[:-1]))
+
+
+def tiles_for(features: Features) -> dict[tuple[int, int], Tile]:
     """Return the tiles for many queries."""
     if features.hides or features.blocks:
         alone = not features.hides and features == Features(functions=features.functions)

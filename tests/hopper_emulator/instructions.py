@@ -125,6 +125,22 @@ def _or(_, a, b):
     return signed(a | b)
 
 
+@instruction("and.b32")
+def _and(_, a, b):
+    return signed(a & b)
+
+
+@instruction("selp.b32")
+def _select(_, a, b, first):
+    return a if first else b
+
+
+@instruction("bmsk.clamp.b32")
+def _bits_from(_, first, count):
+    first, count = min(first & 0xFFFFFFFF, 32), min(count & 0xFFFFFFFF, 32)
+    return signed(((1 << count) - 1 << first) & 0xFFFFFFFF)
+
+
 @instruction("shr.u32")
 def _shift_right(_, a, b):
     return (a & 0xFFFFFFFF) >> b

@@ -134,7 +134,7 @@ def forward(problem, *, tile=small, made=kernel_for, schedule=None):
     if launch.splits > 1 and config.out_storage != "float32":
         return forward(
             problem,
-            tile=lambda _: config._replace(out_storage="float32"),
+            tile=lambda _: config._replace(out_storage="float32", vectors=False),
             made=made,
             schedule=schedule,
         )
