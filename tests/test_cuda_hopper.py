@@ -60,6 +60,38 @@ def test_rows_and_keys_are_shared_out_right(rows, keys, group):
     assert_right(operands(rows, keys, heads=2, group=group), emulator={}, causal=True)
 
 
+def placed(shape, dtype, bytes_apart):
+    """An array whose rows begin so many bytes past multiples of 16, one after the other."""
+    *others, dim = shape
+    row = dim + (16 + bytes_apart) // dtype.itemsize
+    flat = np.zeros(np.prod(others) * row + 16, dtype)
+    first = -flat.ctypes.data % 16 // dtype.itemsize
+    return flat[first:][: np.prod(others) * row].reshape(*others, row)[..., :dim]
+
+
+# Whole tiles, rows of several heads, rows without a key, keys in splits, head dims that end within
+# the columns that four threads write at once.
+@pytest.mark.parametrize(
+    ("rows", "keys", "dim_v", "group"), [(70, 60, 72, 1), (20, 90, 64, 3), (5, 40, 40, 4)]
+)
+def test_where_rows_of_out_begin_changes_no_bit(rows, keys, dim_v, group):
+    q, k, v = operands(rows, keys, dim_v=dim_v, heads=2, group=group)
+    shape = (*q.shape[:-1], dim_v)
+    results = []
+    for apart in (0, 4, 8):
+        out = placed(shape, q.dtype, apart)
+        run.attention(q, k, v, causal=True, q_offset=9 - rows // 2, out=out)
+        problem = fusedattn.make_problem(q, k, v, out=out)
+        assert tensor_cores.config_of(problem).vectors == (apart == 0)
+        results.append(out)
+    expected = fusedattn.attention(
+        q, k, v, causal=True, q_offset=9 - rows // 2, backend="reference"
+    )
+    np.testing.assert_allclose(results[0], expected, atol=4e-3)
+    for other in results[1:]:
+        assert_same_bits((other,), (results[0],))
+
+
 def features(rows, keys, heads):
     """Options by name, none of them a multiple of anything."""
     random = np.random.default_rng(3)

@@ -27,7 +27,15 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from fusedattn import masks
-from fusedattn.cuda import hopper_blocks, hopper_outputs, hopper_scores, hopper_values, ptx, user
+from fusedattn.cuda import (
+    hopper_blocks,
+    hopper_outputs,
+    hopper_scores,
+    hopper_values,
+    intervals,
+    ptx,
+    user,
+)
 from fusedattn.cuda.hopper_scores import NO_KEY, PLAIN, Features
 from fusedattn.cuda.unroll import inlined, unrolled
 
@@ -145,9 +153,7 @@ def make(tools: Any, config: Config) -> Any:
     cuda, types = tools.cuda, tools.types
     int32, int64, float32 = types.int32, types.int64, types.float32
     asm = tools.asm
-    row_interval = tools.device(masks.row_interval)
-    block_interval = tools.device(masks.block_interval)
-    common_interval = tools.device(masks.common_interval)
+    row_interval, block_interval, common_interval = intervals.make(tools)
 
     DIMS, DIMS_V, KEYS, STAGES = config.dims, config.dims_v, config.block_k, config.stages
     BLOCK_Q, WARPGROUPS = config.block_q, config.warpgroups
@@ -236,8 +242,7 @@ def make(tools: Any, config: Config) -> Any:
         k_from, k_to = told(int32(about + 16)), told(int32(about + 20))
         used_q, used_k = told(int32(about + 24)), told(int32(about + 28))
         for h in unrolled(2):
-            lo, hi = row_interval(query[h], k_from, k_to, used_q, used_k)
-            low[h], high[h] = int32(lo), int32(hi)
+            low[h], high[h] = row_interval(query[h], k_from, k_to, used_q, used_k)
 
     def kernel(
         q_map, k_map, v_map, out, lse, items, order, out_head, out_row, split_rows,
@@ -253,6 +258,8 @@ def make(tools: Any, config: Config) -> Any:
         batch, head, row_lo, split = int32(0), int32(0), int32(0), int32(0)
         k_from, k_to, used_q, used_k = int32(0), int32(0), int32(0), int32(0)
         key_lo, key_hi, item = int32(0), int32(0), items
+        # The tile of keys at hand, and which keys all rows see.
+        key, all_lo, all_hi = int32(0), int32(0), int32(0)
 
         if thread == 0:
             prefetch(q_map)
@@ -278,14 +285,14 @@ def make(tools: Any, config: Config) -> Any:
                 turn = int32(cuda.blockIdx.x)
                 q_bytes = int32(Q_BYTES)
                 if BLOCKS:
-                    walk, entry, key = order, int32(0), int32(0)
+                    walk, entry = order, int32(0)
                     following, after = int32(0), int32(0)
                 if PACKED:
                     q_bytes = int32(int32(PANELS_Q * ROW_BYTES) * unit_heads * seqlen_q)
 
                 def locate(at):
                     nonlocal head, row_lo, split, k_from, k_to, used_q, used_k
-                    nonlocal key_lo, key_hi, item, walk, entry, key
+                    nonlocal key_lo, key_hi, all_lo, all_hi, item, walk, entry, key
                     head, row_lo = load_int(at + int64(4)), load_int(at + int64(8))
                     if SPLIT:
                         split = load_int(at + int64(12))
@@ -293,14 +300,16 @@ def make(tools: Any, config: Config) -> Any:
                     k_from, k_to = load_int(item), load_int(item + int64(4))
                     used_q, used_k = load_int(item + int64(8)), load_int(item + int64(12))
                     row_hi = min(int32(row_lo + BLOCK_Q), seqlen_q)
-                    lo, hi = block_interval(row_lo, row_hi, k_from, k_to, used_q, used_k)
-                    key_lo, key_hi = int32(lo), int32(hi)
+                    key_lo, key_hi = block_interval(row_lo, row_hi, k_from, k_to, used_q, used_k)
+                    all_lo, all_hi = common_interval(row_lo, row_hi, k_from, k_to, used_q, used_k)
                     if SPLIT:
                         first = int32(split * int32(SPLIT_KEYS))
                         key_lo = int32(max(key_lo, first))
                         key_hi = int32(min(key_hi, int32(first + int32(SPLIT_KEYS))))
                     if BLOCKS:
                         set_out(at, order, key_lo, walk, entry, key, key_hi)
+                    else:
+                        key = int32((key_hi - int32(1)) // int32(KEYS) * int32(KEYS))
 
                 def announce():
                     # What the others need to know of a tile comes with its queries.
@@ -317,6 +326,9 @@ def make(tools: Any, config: Config) -> Any:
                     tell(int32(note + 32), key_lo)
                     tell(int32(note + 36), key_hi)
                     tell_long(int32(note + 40), load_long(item + int64(16)))
+                    tell(int32(note + 48), key)
+                    tell(int32(note + 52), all_lo)
+                    tell(int32(note + 56), all_hi)
 
                 while turn < turns:
                     at = order + int64(turn) * int64(TURN)
@@ -339,10 +351,6 @@ def make(tools: Any, config: Config) -> Any:
                         arrive(full)
                     advance(q_stage, q_phase, Q_STAGES)
                     head_kv = int32(head // group_size)
-                    if BLOCKS:
-                        pass
-                    else:
-                        key = int32((key_hi - int32(1)) // int32(KEYS) * int32(KEYS))
                     while key_lo < key_hi:
                         full = int32(shared + K_FULL + 8 * stage)
                         wait(int32(shared + K_EMPTY + 8 * stage), phase)
@@ -386,6 +394,8 @@ def make(tools: Any, config: Config) -> Any:
             row_max = cuda.local.array(2, float32)
             row_sum = cuda.local.array(2, float32)
             rescale = cuda.local.array(2, float32)
+            factor = cuda.local.array(2, float32)
+            row_lse = cuda.local.array(2, float32)
             query = cuda.local.array(2, int32)
             query_head = cuda.local.array(2, int32)
             low = cuda.local.array(2, int32)
@@ -414,16 +424,18 @@ def make(tools: Any, config: Config) -> Any:
             out_item, to, to_lse = int64(0), int64(0), int64(0)
             found = False
             if BLOCKS:
-                key, word = int32(0), int32(0)
+                word = int32(0)
 
             def await_turn():
-                meet(int32(FIRST_TURN + warpgroup), int32(2 * WARPGROUP))
+                # Which warpgroup this is is asked anew: it takes no register meanwhile.
+                turn = int32(int32(this_thread() >> int32(7)) + int32(FIRST_TURN - 1))
+                meet(turn, int32(2 * WARPGROUP))
 
             def pass_turn():
-                follower = int32(warpgroup + 1)
-                if follower == WARPGROUPS:
-                    follower = int32(0)
-                arrive_at(int32(FIRST_TURN + follower), int32(2 * WARPGROUP))
+                turn = int32(int32(this_thread() >> int32(7)) + int32(FIRST_TURN))
+                if turn == FIRST_TURN + WARPGROUPS:
+                    turn = int32(FIRST_TURN)
+                arrive_at(turn, int32(2 * WARPGROUP))
 
             def my_queries(row_lo, head):
                 # Which query of which head my rows are; none of any head past the last.
@@ -457,6 +469,14 @@ def make(tools: Any, config: Config) -> Any:
                 to = out + out_item + int64(query_head[h]) * out_head + row * out_row
                 to += int64(column) * int64(COLUMN_BYTES)
 
+            def write(h):
+                dims_here = int32(0)
+                if query[h] < seqlen_q:
+                    dims_here = head_dim_v
+                    if lse != 0 and column == 0:
+                        store_float(to_lse, row_lse[h])
+                write_row(h, outputs, factor[h], to, column, dims_here)
+
             def find():
                 # The next tile with keys; what belongs into those without is written on the way.
                 nonlocal row_lo, key_lo, key_hi, q_stage, q_phase, note, found
@@ -476,18 +496,19 @@ def make(tools: Any, config: Config) -> Any:
                         for h in unrolled(2):
                             if query[h] < seqlen_q:
                                 place(h)
-                                row_lse, value = float32(NO_KEY), float32(0)
+                                row_lse[h], value = float32(NO_KEY), float32(0)
                                 if SINKS:
                                     if split == 0 and query[h] < told(int32(note + 24)):
+                                        sink = float32(0)
                                         sink_of(
-                                            row_lse, batch, query_head[h], sinks, places, sinks_head
+                                            sink, batch, query_head[h], sinks, places, sinks_head
                                         )
-                                        if not row_lse == float32(NO_KEY):
+                                        if not sink == float32(NO_KEY):
                                             # NaN of one that is not finite.
-                                            value = row_lse - row_lse
-                                            row_lse += value
+                                            value = sink - sink
+                                        row_lse[h] = sink + value
                                 if lse != 0 and column == 0:
-                                    store_float(to_lse, row_lse)
+                                    store_float(to_lse, row_lse[h])
                                 fill_row(value, to, column, head_dim_v)
 
             def begin():
@@ -579,12 +600,7 @@ def make(tools: Any, config: Config) -> Any:
                 if leader:
                     arrive(int32(shared + K_EMPTY + 8 * stage))
                 now = note
-                row_hi = min(int32(row_lo + BLOCK_Q), seqlen_q)
-                lo, hi = common_interval(
-                    row_lo, row_hi, told(int32(note + 16)), told(int32(note + 20)),
-                    told(int32(note + 24)), told(int32(note + 28)),
-                )  # fmt: skip
-                all_lo, all_hi = int32(lo), int32(hi)
+                all_lo, all_hi = told(int32(note + 52)), told(int32(note + 56))
                 my_queries(row_lo, told(int32(note + 8)))
                 if FEATURED:
                     item_batch = told(int32(note + 4))
@@ -603,7 +619,7 @@ def make(tools: Any, config: Config) -> Any:
                     slot = int32(shared + TOLD + 4 * (stage + phase * STAGES))
                     hear(slot, word, key)
                 else:
-                    key = int32((key_hi - int32(1)) // int32(KEYS) * int32(KEYS))
+                    key = told(int32(note + 48))
                 look()
                 for i in unrolled(WEIGHTS):
                     weights[i] = pack(scores[2 * i], scores[2 * i + 1])
@@ -660,16 +676,15 @@ def make(tools: Any, config: Config) -> Any:
                 if leader:
                     arrive(int32(shared + V_EMPTY + 8 * before))
                 recall(now)
-                for h in unrolled(2):
-                    total, factor, row_lse = row_sum[h], float32(1), float32(NO_KEY)
-                    finish(total, row_max[h], scale_log2, keep_scale, factor, row_lse)
-                    dims_here = int32(0)
-                    place(h)
-                    if query[h] < seqlen_q:
-                        dims_here = head_dim_v
-                        if lse != 0 and column == 0:
-                            store_float(to_lse, row_lse)
-                    write_row(h, outputs, factor, to, column, dims_here)
+                finish(row_sum, row_max, scale_log2, keep_scale, factor, row_lse)
+                place(0)
+                write(0)
+                if PACKED:
+                    place(1)
+                else:
+                    to += int64(8) * out_row
+                    to_lse += int64(8 * 4)
+                write(1)
                 first_scores_ready(scores)
             if TURNS:
                 if warpgroup == 0:

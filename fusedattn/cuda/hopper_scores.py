@@ -70,6 +70,11 @@ class Features(NamedTuple):
         return self.mask or self.bias is not None or score_mod
 
     @property
+    def pairs(self) -> bool:
+        """Whether all that is read for each key is read for two of them at once."""
+        return self.bias_pairs == (self.bias is not None) and self.mask_pairs == self.mask
+
+    @property
     def blocks(self) -> bool:
         """Whether there is a block mask: tiles are skipped, and keys of some are hidden."""
         return self.functions is not None and self.functions.predicate is not None
@@ -381,18 +386,22 @@ def make(tools: Any, config: Any) -> Pieces:
                         scores[4 * (word * IN_WORD + i) + 2 + j] = float32(0)
 
     @inlined
-    def finish(total, largest, scale_log2, keep_scale, factor, row_lse):
-        # Of a row: its sum, what its outputs are multiplied by, and its lse.
-        total += swap_1(total)
-        total += swap_2(total)
-        factor, row_lse = float32(1), float32(NO_KEY)
-        if not total == float32(0):
-            factor = float32(1) / total
+    def finish(row_sum, row_max, scale_log2, keep_scale, factor, row_lse):
+        # Of each row: its sum, what its outputs are multiplied by, and its lse.
+        for h in unrolled(2):
+            row_sum[h] += swap_1(row_sum[h])
+        for h in unrolled(2):
+            row_sum[h] += swap_2(row_sum[h])
+        for h in unrolled(2):
+            # The largest weight is 1, so a sum that is not 0 is no small number either.
+            factor[h] = reciprocal(row_sum[h])
+            if row_sum[h] == float32(0):
+                factor[h] = float32(1)
             if NATURAL:
-                row_lse = fma(log2(total), float32(LN_2), largest)
+                row_lse[h] = fma(log2(row_sum[h]), float32(LN_2), row_max[h])
             else:
-                row_lse = fma(largest, scale_log2, log2(total)) * float32(LN_2)
-        if DROPOUT:
-            factor *= keep_scale
+                row_lse[h] = fma(row_max[h], scale_log2, log2(row_sum[h])) * float32(LN_2)
+            if DROPOUT:
+                factor[h] *= keep_scale
 
     return Pieces(sink_of, begin_rows, touch, hide, weigh, drop, finish)

@@ -56,7 +56,7 @@ UPPER = {
 
 # base 2, 2 ulp, tiny results become 0
 EXP2 = Op("ex2.approx.ftz.f32 $0, $1;", "f", "f")
-LOG2 = Op("lg2.approx.f32 $0, $1;", "f", "f")
+LOG2 = Op("lg2.approx.ftz.f32 $0, $1;", "f", "f")
 FMA = Op("fma.rn.f32 $0, $1, $2, $3;", "f", "fff")
 MAX = Op("max.f32 $0, $1, $2;", "f", "ff")
 # 1 ulp

@@ -37,12 +37,12 @@ class Tile(NamedTuple):
     turns: bool = False
 
 
-# By head dims, rounded up. At 128 the warpgroups find better turns by themselves.
+# By head dims, rounded up. From 128 on the warpgroups find better turns by themselves.
 _TILES = {
     (64, 64): Tile(3, 128, 3, turns=True),
     (128, 128): Tile(2, 128, 2),
     (192, 128): Tile(2, 128, 2),
-    (256, 256): Tile(2, 80, 2, turns=True),
+    (256, 256): Tile(2, 80, 2),
 }
 # The same for short sequences of which most tiles end at the diagonal: flat ones waste less.
 _SHORT = 1024
@@ -51,8 +51,8 @@ _SHORT_TILES = {(64, 64): Tile(2, 128, 4, turns=True)}
 # registers.
 _FEATURED_TILES = {**_TILES, **_SHORT_TILES}
 _HIDING_TILES = {
-    (64, 64): Tile(2, 64, 4),
-    (128, 128): Tile(2, 64, 3),
+    (64, 64): Tile(2, 128, 4, turns=True),
+    (128, 128): Tile(2, 128, 2, turns=True),
     (192, 128): Tile(2, 64, 2),
     (256, 256): Tile(2, 64, 2),
 }
@@ -112,10 +112,16 @@ def _has_vectors(out: Array | None) -> bool:
 
 def tiles_for(features: Features) -> dict[tuple[int, int], Tile]:
     """Return the tiles for many queries."""
-    if features.hides or features.blocks:
-        alone = not features.hides and features == Features(functions=features.functions)
-        return _BLOCK_TILES if alone else _HIDING_TILES
-    return _TILES if features == PLAIN else _FEATURED_TILES
+    if features == PLAIN:
+        return _TILES
+    if not (features.hides or features.blocks):
+        return _FEATURED_TILES
+    if not features.hides and features == Features(functions=features.functions):
+        return _BLOCK_TILES
+    if features.pairs:
+        return _HIDING_TILES
+    # Addresses of single keys take the registers that turns would.
+    return {dims: tile._replace(turns=False) for dims, tile in _HIDING_TILES.items()}
 
 
 def kernel_of(config: hopper.Config) -> compiler.Kernel:

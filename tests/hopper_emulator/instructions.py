@@ -185,9 +185,9 @@ def _exp2(_, x):
     return float32(math.inf) if x >= 1000 else flushed(math.exp2(x))
 
 
-@instruction("lg2.approx.f32")
+@instruction("lg2.approx.ftz.f32")
 def _log2(_, x):
-    return np.log2(x)
+    return np.log2(flushed(x))
 
 
 @instruction("fma.rn.f32")
@@ -216,7 +216,7 @@ def _truncate_bfloat16(_, upper, lower):
 
 @instruction("rcp.approx.ftz.f32")
 def _reciprocal(_, x):
-    return flushed(float32(1) / x)
+    return flushed(float32(1) / flushed(x))
 
 
 @instruction("copysign.f32")
