@@ -32,7 +32,7 @@ def on_gpu(q, k, v, **keywords):
 
 def reasons(problem):
     """Why a problem does not take the Hopper kernel once it is copied to the GPU."""
-    held = {name: np.ascontiguousarray(getattr(problem, name)) for name in ("q", "k", "v")}
+    held = {name: np.array(getattr(problem, name), order="C") for name in ("q", "k", "v")}
     return backend.not_tensor_cores(replace(problem, **held, out=None), driver.device(0))
 
 
