@@ -125,6 +125,7 @@ def make(tools: Any, config: Config) -> Any:
     store_float, store_floats = asm(ptx.STORE_FLOAT), asm(ptx.STORE_FLOATS)
     store_words = asm(ptx.STORE_SHARED_WORDS)
     exp2, log2, fma = asm(ptx.EXP2), asm(ptx.LOG2), asm(ptx.FMA)
+    multiply = asm(ptx.MULTIPLY)
     maximum, maximum_or_nan = asm(ptx.MAX), asm(ptx.MAX_OR_NAN)
     pack, truncate = asm(ptx.PACK["bfloat16"]), asm(ptx.TRUNCATE)
     swap_1, swap_2 = asm(ptx.SWAP_1), asm(ptx.SWAP_2)
@@ -227,11 +228,11 @@ def make(tools: Any, config: Config) -> Any:
         shift = cuda.local.array(2, float32)
         tile_sum = cuda.local.array(2, float32)
         for h in unrolled(2):
-            old[h] = -row_max[h] * scale_log2
+            old[h] = -multiply(row_max[h], scale_log2)
         find_maximum(scores, row_max)
         for h in unrolled(2):
             # A row that has seen no key has nothing to shift by; -inf - -inf is NaN.
-            shift[h] = -row_max[h] * scale_log2
+            shift[h] = -multiply(row_max[h], scale_log2)
             if row_max[h] == float32(NO_KEY):
                 shift[h] = float32(0)
             # Before a row's first key, sums and outputs are 0: so is the factor.

@@ -17,6 +17,7 @@ from fusedattn.cuda.params import (
     ITEM_SIZE,
     REALS,
     SPLIT_KEYS,
+    SPLIT_QUERIES,
     Span,
     enter_lengths,
     heads_per_item,
@@ -48,10 +49,9 @@ OPERANDS = ("q", "k", "v", "out", "lse", "mask", "bias", "slopes", "sinks")
 
 def tile_of(problem: AttentionProblem) -> Tile:
     """Return the shape of the tile: decided by lengths, dims and dtype alone."""
-    rows = heads_per_item(problem) * problem.seqlen_q
     if problem.dtype == np.float64:
         return _DOUBLE
-    if rows <= 16:
+    if problem.seqlen_q <= SPLIT_QUERIES:
         return _FEW
     return _NARROW if problem.head_dim_v <= 64 else _MANY
 

@@ -58,6 +58,9 @@ UPPER = {
 EXP2 = Op("ex2.approx.ftz.f32 $0, $1;", "f", "f")
 LOG2 = Op("lg2.approx.ftz.f32 $0, $1;", "f", "f")
 FMA = Op("fma.rn.f32 $0, $1, $2, $3;", "f", "fff")
+# Rounded, whatever is done to it next: compilers make a product and a sum one operation, and the
+# difference of two equal products is then what one of them was rounded by.
+MULTIPLY = Op("mul.rn.f32 $0, $1, $2;", "f", "ff")
 MAX = Op("max.f32 $0, $1, $2;", "f", "ff")
 # 1 ulp
 RECIPROCAL = Op("rcp.approx.ftz.f32 $0, $1;", "f", "f")

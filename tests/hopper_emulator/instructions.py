@@ -196,6 +196,11 @@ def _fma(_, a, b, c):
     return float32(float(a) * float(b) + float(c))
 
 
+@instruction("mul.rn.f32")
+def _multiply_float(_, a, b):
+    return a * b
+
+
 @instruction("max.f32")
 def _max(_, a, b):
     return a if a >= b or b != b else b
