@@ -108,6 +108,15 @@ def test_explain_says_that_there_is_no_driver_or_no_gpu(installed, monkeypatch):
     driver.missing.cache_clear()
 
 
+@pytest.mark.parametrize("rows", [1, 3, 16, 17, 40])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_the_tile_does_not_depend_on_how_many_heads_share_keys(rows, dtype):
+    # Or attention over repeated heads had other bits.
+    q, k = np.zeros((8, rows, 8), dtype), np.zeros((8, 30, 8), dtype)
+    tiles = {portable.tile_of(make_problem(q, k[:heads], k[:heads])) for heads in (1, 2, 8)}
+    assert len(tiles) == 1
+
+
 def test_the_name_of_kept_code_depends_on_all_that_the_code_does(monkeypatch, tmp_path):
     monkeypatch.setenv("FUSEDATTN_CACHE_DIR", str(tmp_path))
     kernel = compiler.Kernel("simt", None, ("config",), ("[float32]",), 128)
