@@ -15,6 +15,7 @@ from test_user_function_errors import MISTAKES, TABLE
 
 from fusedattn import make_problem
 from fusedattn.cuda import compiler, user
+from fusedattn.cuda.tables import kind_of
 
 Q = np.zeros((2, 4, 40, 64), np.float32)
 FACTOR = 2.0
@@ -56,6 +57,13 @@ def hidden(score, batch, head, q_idx, k_idx):
     return -math.inf if q_idx > k_idx else helper(score)
 
 
+def single(score, batch, head, q_idx, k_idx, table, shift=0.25):
+    """Floats of Python's wherever they can stand: none makes a float64 of a score."""
+    both = (0.5, 1.5)
+    capped = FACTOR * 20.0 * math.tanh(score / 20.0) + both[1] * helper(table[0, k_idx]) - shift
+    return capped if k_idx <= q_idx else -1e9
+
+
 def counted(score, batch, head, q_idx, k_idx):
     total = 0
     for i in range(k_idx):
@@ -90,7 +98,7 @@ GAPS = {recursive: "a function in it calls itself", listed: "build_list|NRT"}
 def cases():
     """Functions with their arrays, by name."""
     table = np.zeros((4, 200), np.float32)
-    made = {function.__name__: (function, (table,)) for function in (default, starred, t5)}
+    made = {function.__name__: (function, (table,)) for function in (default, starred, t5, single)}
     for function in (of_numpy, hidden, counted, whole_number):
         made[function.__name__] = (function, ())
     kinds = ("float16", ml_dtypes.bfloat16, "float64", "int8", "uint16", "int64", "uint64", "bool")
@@ -122,7 +130,19 @@ def report(tools, function, aux):
     functions = user.functions_of(problem)
     parameters = ("[float32]", *user.parameters_of(functions))
     kernel = compiler.Kernel("user", make, functions, parameters, 128)
-    return said(compiler.build(kernel, "sm_80", tools).log)
+    found = said(compiler.build(kernel, "sm_80", tools).log)
+    if function is single:
+        found["result"] = str(result_of(tools, functions))
+    return found
+
+
+def result_of(tools, functions):
+    """Type of what a score_mod with one table returns, before it is made the score's."""
+    types, (table,) = tools.types, functions.arrays
+    given = (types.float32, *[types.int64] * 4)
+    arguments = (*given, tools.table_type(kind_of(table), types.float32))
+    compiled, _ = user._compilable(tools, functions.score_mod, len(arguments), types.float32)
+    return tools.result_of(compiled, arguments)
 
 
 if __name__ == "__main__":

@@ -263,7 +263,7 @@ def _device_function(tools: Any, function: UserFunction, real: Any) -> Any:
     tables = tuple(tools.table_type(kind_of(array), real) for array in function.aux)
     arguments = (*arguments, *tables)
     try:
-        tried, parts = _compilable(tools, function, len(arguments))
+        tried, parts = _compilable(tools, function, len(arguments), real)
         result = tools.result_of(tried, arguments)
     except Exception as error:  # compilers raise whatever comes up within them
         raise TypeError(explained(function, error)) from None
@@ -273,7 +273,7 @@ def _device_function(tools: Any, function: UserFunction, real: Any) -> Any:
         raise TypeError(wrong_type(function, str(result)))
     _check_powers(tools, function, parts)
     # What was compiled just now may be for another GPU.
-    return _compilable(tools, function, len(arguments))[0]
+    return _compilable(tools, function, len(arguments), real)[0]
 
 
 def _recurs(part: Any) -> bool:
@@ -284,15 +284,18 @@ def _recurs(part: Any) -> bool:
     return ends_so or any(map(_recurs, part))
 
 
-def _compilable(tools: Any, function: UserFunction, count: int) -> tuple[Any, list[Any]]:
+def _compilable(tools: Any, function: UserFunction, count: int, real: Any) -> tuple[Any, list[Any]]:
     """Return what `tools.device` makes of a function, and all that it made on the way."""
     parts: list[Any] = []
+    narrow = _narrowing(real is tools.types.float32)
 
     def compiled(part: FunctionType) -> Any:
+        part.__code__ = part.__code__.replace(co_consts=narrow(part.__code__.co_consts))
+        part.__defaults__ = narrow(part.__defaults__)
         parts.append(tools.device(part))
         return parts[-1]
 
-    plain = rebuilt(function.function, _numpy_of_scalars(tools), compiled)
+    plain = rebuilt(function.function, _numpy_of_scalars(tools, narrow), compiled)
     return compiled(_positional(plain, count, compiled)), parts
 
 
@@ -340,7 +343,21 @@ def _clip(value: Any, low: Any, high: Any) -> Any:
     return min(max(value, low), high)
 
 
-def _numpy_of_scalars(tools: Any) -> Callable[[Any], Any]:
+def _narrowing(single: bool) -> Callable[[Any], Any]:
+    """What takes the place of a float of Python's, and of those in a tuple: a float32 beside those.
+
+    So a score times a number stays a float32, as in NumPy, where compilers would make both float64.
+    """
+
+    def narrow(value: Any) -> Any:
+        if type(value) is float and single:
+            return np.float32(value)
+        return tuple(map(narrow, value)) if type(value) is tuple else value
+
+    return narrow
+
+
+def _numpy_of_scalars(tools: Any, narrow: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """What takes the place of outer values: functions of NumPy by those of numbers."""
     module = ModuleType("numpy")
     own = {"where": tools.device(_select), "clip": tools.device(_clip)}
@@ -354,7 +371,7 @@ def _numpy_of_scalars(tools: Any) -> Callable[[Any], Any]:
             return module
         name = getattr(value, "__name__", None)
         of_numpy = isinstance(name, str) and name in own and getattr(np, name, None) is value
-        return own[name] if of_numpy and isinstance(name, str) else value
+        return own[name] if of_numpy and isinstance(name, str) else narrow(value)
 
     return replaced
 
