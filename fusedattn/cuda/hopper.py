@@ -5,7 +5,8 @@ values through TMA; each of the others owns 64 rows. Scores come from shared mem
 the weights stay there, because the layout of an accumulator is that of the left operand, once
 packed. The product of the next scores is begun before that of weights and values, so the softmax
 runs while the matrix unit does (FlashAttention-3, arXiv:2407.08608). Keys are walked from the last
-to the first: what a causal mask cuts through comes first.
+to the first: what a causal mask cuts through comes first. At small head dims the warpgroups take
+turns at the matrix unit, so that they do not all take exponentials at once.
 
 The first tile of keys stands before the loop: were the weights written under a branch, the
 assembler would serialise the products.
