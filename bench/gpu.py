@@ -4,7 +4,8 @@
 
 Each shape is checked against float64 on some rows before anything is timed. Then all contenders
 take turns, and the ratio of medians is the result. Times are taken by CUDA events around several
-calls, so the time of the host shows only where it is longer than that of the GPU.
+calls, which wait on the GPU behind a pause: so they are those of the GPU alone. What the host takes
+is measured apart.
 """
 
 import argparse
@@ -47,6 +48,8 @@ DECODE = [
 FEATURES = (2, 16, 16, 4096, 128)
 PEERS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash2": SDPBackend.FLASH_ATTENTION}
 CHECKED_ROWS = 64
+# Cycles for which the GPU sleeps before it is timed, while the host prepares: about a millisecond.
+PAUSE = 2_000_000
 
 
 def tensors(shape: Shape, dtype: Any, seed: int = 0) -> list[Any]:
@@ -97,6 +100,7 @@ def error_of(call: Run, q: Any, k: Any, v: Any, causal: bool) -> float:
 
 def milliseconds(call: Run, repeats: int) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(PAUSE)
     start.record()
     for _ in range(repeats):
         call()
@@ -196,6 +200,49 @@ def features(q: Any) -> dict[str, dict[str, Any]]:
     }
 
 
+def block_masks(seqlen: int) -> dict[str, Any]:
+    """Masks by functions: of the causal triangle, of a band of it, and of documents."""
+    document = np.sort(np.random.default_rng(0).integers(0, 8, seqlen))
+
+    def causal(batch, head, q_idx, k_idx):  # type: ignore[no-untyped-def]
+        return k_idx <= q_idx
+
+    def window(batch, head, q_idx, k_idx):  # type: ignore[no-untyped-def]
+        return k_idx <= q_idx and q_idx - k_idx < 512
+
+    def same(batch, head, q_idx, k_idx, document):  # type: ignore[no-untyped-def]
+        return document[q_idx] == document[k_idx]
+
+    return {
+        "causal": fusedattn.make_block_mask(causal, None, None, seqlen, seqlen),
+        "window of 512": fusedattn.make_block_mask(window, None, None, seqlen, seqlen),
+        "8 documents": fusedattn.make_block_mask(same, None, None, seqlen, seqlen, aux=(document,)),
+    }
+
+
+def measure_blocks(rounds: int) -> dict[str, dict[str, float]]:
+    """Time with block masks, beside that of all keys and that of the causal keyword."""
+    q, k, v = tensors(FEATURES, torch.bfloat16)
+    masks = block_masks(FEATURES[3])
+    calls: dict[str, Run] = {
+        name: functools.partial(fusedattn.attention, q, k, v, block_mask=mask)
+        for name, mask in masks.items()
+    }
+    calls["no mask"] = lambda: fusedattn.attention(q, k, v)
+    calls["causal=True"] = lambda: fusedattn.attention(q, k, v, causal=True)
+    for call in calls.values():
+        call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(milliseconds(call, 5))
+    kept = {name: float((mask.kinds > 0).mean()) for name, mask in masks.items()}
+    return {
+        name: {"milliseconds": statistics.median(t), "kept": kept.get(name, 1.0)}
+        for name, t in times.items()
+    }
+
+
 def measure_features(rounds: int) -> dict[str, float]:
     """TFLOP/s of one feature at a time, causal; the operations are those of plain attention."""
     q, k, v = tensors(FEATURES, torch.bfloat16)
@@ -248,6 +295,13 @@ def host_microseconds(count: int = 2000) -> dict[str, float]:
     return result
 
 
+def write(found: dict[str, Any], path: str | None) -> None:
+    """Keep what was found so far."""
+    if path:
+        with open(path, "w") as file:
+            json.dump(found, file, indent=1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json")
@@ -257,8 +311,6 @@ def main() -> None:
     found["cudnn"] = torch.backends.cudnn.version()
     found["ceilings"], found["host"] = ceilings(), host_microseconds()
     print(found)
-    found["features"] = measure_features(options.rounds)
-    print({name: round(rate) for name, rate in found["features"].items()})
     found["decode"] = []
     for decode in DECODE:
         result = measure_decode(decode, options.rounds, found["ceilings"]["copy_tb_s"])
@@ -276,9 +328,12 @@ def main() -> None:
                 found["results"].append(result)
                 rates = {name: round(rate) for name, rate in result["tflops"].items()}
                 print(shape, dtype, "causal" if causal else "full", rates, result["errors"])
-                if options.json:
-                    with open(options.json, "w") as file:
-                        json.dump(found, file, indent=1)
+                write(found, options.json)
+    found["features"] = measure_features(options.rounds)
+    print({name: round(rate) for name, rate in found["features"].items()})
+    found["blocks"] = measure_blocks(options.rounds)
+    print(found["blocks"])
+    write(found, options.json)
 
 
 if __name__ == "__main__":

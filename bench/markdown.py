@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from bench.goals import GOALS
 from bench.measure import fastest
@@ -264,7 +265,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
 _BLOCK = re.compile(r"(<!-- bench: (\w+) -->\n)(.*?)(<!-- end of bench -->)", re.DOTALL)
 
 
-def filled(text: str, results: Results | None) -> str:
+def filled(text: str, results: Any, blocks: Mapping[str, Callable[[Any], str]] = BLOCKS) -> str:
     """Return a document with every marked block written anew; without results, that it is empty.
 
     Raises
@@ -274,7 +275,7 @@ def filled(text: str, results: Results | None) -> str:
     """
 
     def block(found: re.Match[str]) -> str:
-        content = BLOCKS[found[2]]
+        content = blocks[found[2]]
         inside = NOT_MEASURED if results is None else content(results)
         return f"{found[1]}\n{inside}\n\n{found[4]}"
 
