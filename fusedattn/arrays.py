@@ -132,6 +132,12 @@ def _torch_dtypes() -> dict[Any, np.dtype[Any]]:
 _torch: dict[Any, np.dtype[Any]] | None = None
 
 
+@functools.cache
+def _torch_dtype(dtype: np.dtype[Any]) -> Any:
+    # Asked for at every call, and the name of a dtype is made anew each time.
+    return getattr(sys.modules["torch"], dtype.name)
+
+
 class _Tensor(ctypes.Structure):
     """DLPack's DLTensor, as the first member of its managed tensor."""
 
@@ -211,7 +217,7 @@ def empty_like(array: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
     library = _library(array)
     if library == "torch":
         torch = sys.modules["torch"]
-        return torch.empty(shape, dtype=getattr(torch, dtype.name), device=array.device)
+        return torch.empty(shape, dtype=_torch_dtype(dtype), device=array.device)
     if library == "cupy":
         cupy = sys.modules["cupy"]
         with array.device:
