@@ -133,6 +133,20 @@ def test_large_logits_do_not_overflow_in_their_products():
     np.testing.assert_allclose(lse, expected[1], rtol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 40])
+def test_tiles_with_equal_large_maxima_count_alike(rows):
+    # Were a product and a difference one operation, the rounding error of a maximum of 1e34 would
+    # stand for its growth, and the tiles before would weigh nothing.
+    q = normal(0, 1, 2, rows, 64) * np.float32(3e16)
+    k = np.repeat(normal(1, 1, 2, 1, 64), 300, axis=-2) * np.float32(3e16)
+    v = normal(2, 1, 2, 300, 64)
+    out, lse = on_gpu(q, k, v, return_lse=True)
+    expected = np.broadcast_to(v.mean(-2, keepdims=True), out.shape)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    logits = np.einsum("bhqd,bhd->bhq", q.astype(np.float64), k[:, :, 0].astype(np.float64)) / 8
+    np.testing.assert_allclose(lse, logits, rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 @pytest.mark.parametrize("rows", [1, 40])
 def test_other_lengths_take_the_launch_that_was_prepared(dtype, rows):
