@@ -17,6 +17,7 @@ from fusedattn.cuda import (
     exact,
     hopper,
     hopper_exact,
+    hopper_tiles,
     params,
     portable,
     simt,
@@ -74,13 +75,13 @@ FEATURES = {
 def kernels():
     """Kernels by name."""
     made = {}
-    for dims, tile in tensor_cores._TILES.items():
+    for dims, tile in hopper_tiles.PLAIN_TILES.items():
         config = hopper.Config("bfloat16", "bfloat16", *dims, *tile, vectors=True)
         made[f"hopper-{dims[0]}-{dims[1]}"] = tensor_cores.kernel_of(config)
-    for dims, tile in tensor_cores._FEW_TILES.items():
+    for dims, tile in hopper_tiles.FEW_TILES.items():
         config = hopper.Config("bfloat16", "float32", *dims, *tile, packed=True, split_keys=512)
         made[f"hopper-few-{dims[0]}-{dims[1]}"] = tensor_cores.kernel_of(config)
-    config = hopper.Config("float16", "float32", 128, 128, *tensor_cores._TILES[128, 128])
+    config = hopper.Config("float16", "float32", 128, 128, *hopper_tiles.PLAIN_TILES[128, 128])
     made["hopper-float16"] = tensor_cores.kernel_of(config)
     made["hopper-packed"] = tensor_cores.kernel_of(config._replace(packed=True))
     for dims, tile in exact._TILES.items():
@@ -88,10 +89,11 @@ def kernels():
             config = hopper_exact.Config(dims, dims, *tile, whole, whole, exact._REGISTERS)
             made[f"exact-{dims}{label}"] = exact.kernel_of(config)
     for name, features in FEATURES.items():
-        for dims, tile in tensor_cores.tiles_for(features).items():
+        for dims in hopper_tiles.PLAIN_TILES:
+            tile = hopper_tiles.tile_for(dims, features)
             config = hopper.Config("bfloat16", "bfloat16", *dims, *tile, False, 0, features, True)
             made[f"hopper-{dims[0]}-{dims[1]}-{name}"] = tensor_cores.kernel_of(config)
-        for dims, tile in tensor_cores._FEW_TILES.items():
+        for dims, tile in hopper_tiles.FEW_TILES.items():
             config = hopper.Config("bfloat16", "float32", *dims, *tile, True, 512, features)
             made[f"hopper-few-{dims[0]}-{dims[1]}-{name}"] = tensor_cores.kernel_of(config)
     tiles = {"many": portable._MANY, "narrow": portable._NARROW, "few": portable._FEW}

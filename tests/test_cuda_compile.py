@@ -13,7 +13,7 @@ import pytest
 from cuda_user_compile import GAPS
 from test_user_function_errors import MISTAKES
 
-from fusedattn.cuda import hopper, ptx, tensor_cores
+from fusedattn.cuda import hopper, hopper_tiles, ptx
 from fusedattn.cuda.inline import Block
 
 PACKAGES = {"numba-cuda-mlir": "numba_cuda_mlir", "numba-cuda": "numba_cuda"}
@@ -50,7 +50,7 @@ each_compiler = pytest.mark.parametrize(
 def test_the_hopper_kernel_keeps_everything_in_registers(compiler, dims):
     name = f"hopper-{dims[0]}-{dims[1]}"
     report = compiled(compiler, "sm_90a", name)[name]
-    warpgroups = tensor_cores._TILES[dims].warpgroups
+    warpgroups = hopper_tiles.PLAIN_TILES[dims].warpgroups
     # All that a block of so many threads may have at the start.
     registers = 65536 // (128 * (1 + warpgroups)) // 8 * 8
     assert report == {"stack": 0, "spills": 0, "registers": registers, "warnings": []}
@@ -91,7 +91,7 @@ def test_hopper_kernels_with_other_features_keep_everything_in_registers(dims, f
 @pytest.mark.deep
 @each_compiler
 def test_kernels_for_few_queries_keep_everything_in_registers(compiler):
-    names = [f"hopper-few-{dims[0]}-{dims[1]}" for dims in tensor_cores._FEW_TILES]
+    names = [f"hopper-few-{dims[0]}-{dims[1]}" for dims in hopper_tiles.FEW_TILES]
     for report in compiled(compiler, "sm_90a", *names).values():
         assert report == {"stack": 0, "spills": 0, "registers": 240, "warnings": []}
 
@@ -161,8 +161,8 @@ def test_other_portable_kernels_keep_everything_in_registers(compiler):
         assert (report["stack"], report["spills"], report["warnings"]) == (0, 0, []), name
 
 
-@pytest.mark.parametrize("tiles", [tensor_cores._TILES, tensor_cores._FEW_TILES])
-@pytest.mark.parametrize("dims", tensor_cores._TILES)
+@pytest.mark.parametrize("tiles", [hopper_tiles.PLAIN_TILES, hopper_tiles.FEW_TILES])
+@pytest.mark.parametrize("dims", hopper_tiles.PLAIN_TILES)
 def test_a_tile_asks_for_as_many_matrix_instructions_as_its_products_need(dims, tiles):
     config = hopper.Config("bfloat16", "bfloat16", *dims, *tiles[dims])
     keys = config.block_k

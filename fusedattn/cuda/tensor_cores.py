@@ -16,10 +16,10 @@ from fusedattn.cuda import (
     hopper,
     hopper_blocks,
     hopper_operands,
+    hopper_tiles,
     launch,
     user,
 )
-from fusedattn.cuda.hopper_scores import PLAIN, Features
 from fusedattn.cuda.params import SPLIT_KEYS, SPLIT_QUERIES, lengths_of, span_of, unit_heads
 from fusedattn.cuda.schedule import schedule
 from fusedattn.masks import MAX_SEQLEN, relative_bounds
@@ -28,50 +28,15 @@ from fusedattn.problem import AttentionProblem, Lengths, batch_offsets
 Array = NDArray[Any]
 
 
-class Tile(NamedTuple):
-    """The shape of a tile, and how warpgroups share the matrix unit."""
-
-    warpgroups: int  # that compute, of 64 rows each
-    block_k: int
-    stages: int
-    turns: bool = False
-
-
-# By head dims, rounded up. From 128 on the warpgroups find better turns by themselves.
-_TILES = {
-    (64, 64): Tile(3, 128, 3, turns=True),
-    (128, 128): Tile(2, 128, 2),
-    (192, 128): Tile(2, 128, 2),
-    (256, 256): Tile(2, 80, 2),
-}
-# The same for short sequences of which most tiles end at the diagonal: flat ones waste less.
+# Up to so many keys, sequences are short.
 _SHORT = 1024
-_SHORT_TILES = {(64, 64): Tile(2, 128, 4, turns=True)}
-# The same where something is done to scores, and where keys are hidden one by one: both take
-# registers.
-_FEATURED_TILES = {**_TILES, **_SHORT_TILES}
-_HIDING_TILES = {
-    (64, 64): Tile(2, 128, 4, turns=True),
-    (128, 128): Tile(2, 128, 2, turns=True),
-    (192, 128): Tile(2, 64, 2),
-    (256, 256): Tile(2, 64, 2),
-}
-# The same with a block mask and nothing else: most tiles are then as plain as without.
-_BLOCK_TILES = {**_FEATURED_TILES, (256, 256): Tile(2, 64, 2)}
-# The same for few queries, where bytes under way count and nothing else.
-_FEW_TILES = {
-    (64, 64): Tile(1, 128, 4),
-    (128, 128): Tile(1, 128, 3),
-    (192, 128): Tile(1, 128, 2),
-    (256, 256): Tile(1, 64, 3),
-}
 # Maps of operands that are remembered, of 384 bytes each.
 _MAPS = 1024
 
 
 def dims_of(problem: AttentionProblem) -> tuple[int, int] | None:
     """Head dims of the smallest kernel that holds the problem's."""
-    for dims, dims_v in _TILES:
+    for dims, dims_v in hopper_tiles.PLAIN_TILES:
         if problem.head_dim <= dims and problem.head_dim_v <= dims_v:
             return dims, dims_v
     return None
@@ -84,20 +49,18 @@ def config_of(problem: AttentionProblem) -> hopper.Config:
     storage, out_storage = problem.dtype.name, problem.out_dtype.name
     features = hopper_operands.features_of(problem)
     if problem.seqlen_q > SPLIT_QUERIES:
-        tiles = tiles_for(features)
         cut = problem.causal or problem.window_size != (None, None)
-        if cut and problem.seqlen_k <= _SHORT and not (features.hides or features.blocks):
-            tiles = tiles | _SHORT_TILES
-        packed, split_keys = unit_heads(problem, 64 * tiles[dims].warpgroups) > 1, 0
+        tile = hopper_tiles.tile_for(dims, features, short=cut and problem.seqlen_k <= _SHORT)
+        packed, split_keys = unit_heads(problem, 64 * tile.warpgroups) > 1, 0
     else:
-        tiles, packed, split_keys = _FEW_TILES, True, SPLIT_KEYS
+        tile, packed, split_keys = hopper_tiles.FEW_TILES[dims], True, SPLIT_KEYS
         if problem.seqlen_k > SPLIT_KEYS:
             out_storage = "float32"
     return hopper.Config(
         storage,
         out_storage,
         *dims,
-        **tiles[dims]._asdict(),
+        **tile._asdict(),
         packed=packed,
         split_keys=split_keys,
         features=features,
@@ -108,20 +71,6 @@ def config_of(problem: AttentionProblem) -> hopper.Config:
 def _has_vectors(out: Array | None) -> bool:
     """Whether rows of out lie at multiples of 16 bytes; new ones do."""
     return out is None or not any(step % 16 for step in (address_of(out), *out.strides[:-1]))
-
-
-def tiles_for(features: Features) -> dict[tuple[int, int], Tile]:
-    """Return the tiles for many queries."""
-    if features == PLAIN:
-        return _TILES
-    if not (features.hides or features.blocks):
-        return _FEATURED_TILES
-    if not features.hides and features == Features(functions=features.functions):
-        return _BLOCK_TILES
-    if features.pairs:
-        return _HIDING_TILES
-    # Addresses of single keys take the registers that turns would.
-    return {dims: tile._replace(turns=False) for dims, tile in _HIDING_TILES.items()}
 
 
 def kernel_of(config: hopper.Config) -> compiler.Kernel:
