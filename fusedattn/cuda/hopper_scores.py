@@ -141,7 +141,6 @@ def make(tools: Any, config: Any) -> Pieces:
 
     exp2, log2, fma, maximum = asm(ptx.EXP2), asm(ptx.LOG2), asm(ptx.FMA), asm(ptx.MAX)
     reciprocal, copy_sign = asm(ptx.RECIPROCAL), asm(ptx.COPY_SIGN)
-    multiply = asm(ptx.MULTIPLY)
     swap_1, swap_2 = asm(ptx.SWAP_1), asm(ptx.SWAP_2)
     unknown, load_place = asm(ptx.UNKNOWN_LONG), asm(ptx.LOAD_LONG)
     load_offset = asm(ptx.LOAD_INT)
@@ -316,9 +315,10 @@ def make(tools: Any, config: Any) -> Pieces:
 
     @inlined
     def shift_of(row_max, scale_log2, shift):
-        # A row that has seen no key has nothing to shift by; -inf - -inf is NaN.
+        # A row that has seen no key has nothing to shift by; -inf - -inf is NaN. The selection also
+        # keeps the product from becoming one operation with a difference (see `ptx.MULTIPLY`).
         for h in unrolled(2):
-            shift[h] = -multiply(row_max[h], scale_log2)
+            shift[h] = -row_max[h] * scale_log2
             if row_max[h] == float32(NO_KEY):
                 shift[h] = float32(0)
 
