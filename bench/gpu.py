@@ -14,7 +14,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -109,13 +109,21 @@ def milliseconds(call: Run, repeats: int) -> float:
     return float(start.elapsed_time(end)) / repeats
 
 
+def in_turns(calls: Mapping[str, Run], rounds: int, repeats: int) -> dict[str, list[float]]:
+    """Times of all contenders, who take turns."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(milliseconds(call, repeats))
+    return times
+
+
 def measure(
     shape: Shape, dtype: Any, causal: bool, rounds: int, peers: dict[str, Any]
 ) -> dict[str, Any]:
     q, k, v = tensors(shape, dtype)
     calls = contenders(q, k, v, causal, peers)
     errors: dict[str, float] = {}
-    times: dict[str, list[float]] = {}
     for name, call in list(calls.items()):
         try:
             errors[name] = error_of(call, q, k, v, causal)
@@ -126,9 +134,7 @@ def measure(
         for _ in range(3):
             call()
     repeats = max(1, int(3.0 / max(0.02, milliseconds(calls["fusedattn"], 3))))
-    for _ in range(rounds):
-        for name, call in calls.items():
-            times.setdefault(name, []).append(milliseconds(call, repeats))
+    times = in_turns(calls, rounds, repeats)
     batch, heads, _, seqlen, dim = shape
     work = 4 * batch * heads * seqlen * seqlen * dim / (2 if causal else 1)
     result: dict[str, Any] = {
@@ -165,10 +171,7 @@ def measure_decode(shape: tuple[int, ...], rounds: int, copy: float) -> dict[str
         errors[name] = float((call()[-1, -1].double() - reference).norm() / reference.norm())
         for _ in range(3):
             call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(milliseconds(call, 10))
+    times = in_turns(calls, rounds, 10)
     size = (k.numel() + v.numel()) * 2
     rates = {name: size / statistics.median(t) / 1e9 for name, t in times.items()}
     shares = {name: rate / copy for name, rate in rates.items()}
@@ -232,10 +235,7 @@ def measure_blocks(rounds: int) -> dict[str, dict[str, float]]:
     calls["causal=True"] = lambda: fusedattn.attention(q, k, v, causal=True)
     for call in calls.values():
         call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(milliseconds(call, 5))
+    times = in_turns(calls, rounds, 5)
     kept = {name: float((mask.kinds > 0).mean()) for name, mask in masks.items()}
     return {
         name: {"milliseconds": statistics.median(t), "kept": kept.get(name, 1.0)}
@@ -252,10 +252,7 @@ def measure_features(rounds: int) -> dict[str, float]:
     }
     for call in calls.values():
         call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            times[name].append(milliseconds(call, 3))
+    times = in_turns(calls, rounds, 3)
     batch, heads, _, seqlen, dim = FEATURES
     work = 2 * batch * heads * seqlen * seqlen * dim
     return {name: work / statistics.median(t) / 1e9 for name, t in times.items()}
